@@ -1,0 +1,87 @@
+# Each target sets up all that it needs in .venv by itself; a second run installs and builds only what changed.
+# Needed on the machine: Python 3.10..3.13 with venv, a C++17 compiler, make. CMake and ninja come from pip.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# On Linux, PyPI's torch is the CUDA build; TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" is the small one.
+TORCH  ?= torch==2.13.0
+# auto: lay .venv over $(PYTHON)'s own packages when its torch already sees a GPU. always, never: as they say.
+REUSE  ?= auto
+# ON: compiler warnings are errors, as in CI.
+WERROR ?= OFF
+CUDA   ?= AUTO
+ARGS   ?=
+
+PY      := $(VENV)/bin/python
+STAMPS  := $(VENV)/stamps
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SETUP    = $(PYTHON) scripts/setup_venv.py --venv $(VENV) --torch "$(TORCH)" --reuse $(REUSE)
+PACKAGE := $(STAMPS)/package-$(WERROR)-$(CUDA)
+MINIMUM_COVERAGE := 90
+
+.PHONY: help build demo test lint bench gpu sanitize clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      merge two networks trained on half of the digits each; table and picture in out/demo"
+	@echo "make test      build and run all tests (ARGS='tests/test_regroup.py -k bf16' for some of them)"
+	@echo "make lint      ruff, mypy, clang-format, codespell"
+	@echo "make bench     benchmarks against peers"
+	@echo "make gpu       the tests that need a GPU; says so where there is none"
+	@echo "make sanitize  the op tests with the C++ code under AddressSanitizer and UBSan"
+	@echo "make build     only .venv and the compiled package;  make clean  removes .venv, build and outputs"
+
+# ---- the environment: one stamp for each set of requirements, one for the compiled package ----
+
+$(STAMPS)/base: pyproject.toml scripts/setup_venv.py
+	$(SETUP)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/with-%: $(STAMPS)/base
+	$(SETUP) --extras $*
+	@touch $@
+
+$(PACKAGE): $(STAMPS)/base $(SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	    --config-settings=cmake.define.MUDSC_FAST_WERROR=$(WERROR) --config-settings=cmake.define.MUDSC_FAST_CUDA=$(CUDA) -e .
+	@rm -f $(STAMPS)/package-* && touch $@
+
+build: $(PACKAGE)
+	@$(PY) -c "import mudsc_fast; print(mudsc_fast.build_config())"
+
+# ---- what people type ----
+
+demo: $(PACKAGE) $(STAMPS)/with-demo
+	$(PY) examples/digits_demo.py $(ARGS)
+
+# Coverage is asked for only of the whole suite: a part of it covers a part of the package.
+test: $(PACKAGE) $(STAMPS)/with-test
+	$(PY) -m pytest $(if $(ARGS),$(ARGS),--cov=mudsc_fast --cov-report=term --cov-fail-under=$(MINIMUM_COVERAGE))
+
+lint: $(STAMPS)/with-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(PY) -m codespell_lib
+
+bench: $(PACKAGE) $(STAMPS)/with-bench
+	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+gpu:
+	@$(PYTHON) scripts/gpu_check.py
+	@$(MAKE) --no-print-directory $(PACKAGE) $(STAMPS)/with-test
+	@$(PY) scripts/gpu_check.py --torch
+	$(PY) -m pytest -m cuda $(ARGS)
+
+# ---- C++ under AddressSanitizer and UndefinedBehaviorSanitizer ----
+
+SANITIZED  := build/sanitize
+OP_TESTS   ?= tests
+sanitize: $(STAMPS)/with-test
+	$(PY) -m cmake -S . -B $(SANITIZED)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -f mudsc_fast/_core*.so

@@ -1,0 +1,86 @@
+"""Makes the virtual environment that the Makefile works in, and installs what pyproject.toml declares into it.
+
+torch comes first and by itself, because a plain `pip install torch` on Linux brings several gigabytes of CUDA packages.
+When this Python already has a torch that sees a GPU, the environment is laid on top of that Python's packages instead and
+only what is missing is installed: a GPU machine is often one where nothing can be downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10: pip always carries the same parser
+    tomllib = importlib.import_module("pip._vendor.tomli")
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_TOOLS = ["cmake>=3.24", "ninja>=1.10"]  # scikit-build-core asks for them only in isolated builds
+
+SITE_FOLDERS = "import json, sysconfig; print(json.dumps(sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})))"
+SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
+
+
+def sees_gpu(python: str) -> bool:
+    """Whether `python` already has a torch that can use a GPU of this machine."""
+    return subprocess.run([python, "-c", SEES_GPU], capture_output=True, check=False).returncode == 0
+
+
+def create(venv: Path, reuse: bool) -> None:
+    """Makes an empty environment; with `reuse`, one that also sees the packages of the Python that runs this script."""
+    subprocess.run([sys.executable, "-m", "venv", *(["--system-site-packages"] if reuse else []), str(venv)], check=True)
+    if reuse:
+        # --system-site-packages skips the packages of a parent that is itself a virtual environment; a .pth file does not.
+        folders = json.loads(subprocess.check_output([sys.executable, "-c", SITE_FOLDERS], text=True))
+        inside = json.loads(subprocess.check_output([str(venv / "bin/python"), "-c", SITE_FOLDERS], text=True))
+        Path(inside[0], "parent_packages.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")
+
+
+def declared(extras: list[str]) -> list[str]:
+    """The requirements of the build system, of the package and of the named extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    optional = project["project"].get("optional-dependencies", {})
+    unknown = sorted(set(extras) - set(optional))
+    if unknown:
+        raise SystemExit(f"setup_venv: no such extras {unknown}; pyproject.toml has {sorted(optional)}")
+    requirements = [*project["build-system"]["requires"], *BUILD_TOOLS, *project["project"]["dependencies"]]
+    return requirements + [line for extra in extras for line in optional[extra]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--torch", default="torch==2.13.0", help="what to ask pip for when torch is not there yet")
+    parser.add_argument("--extras", default="", help="extras of pyproject.toml, separated by commas")
+    parser.add_argument("--reuse", choices=("auto", "always", "never"), default="auto", help="build on this Python's packages")
+    options = parser.parse_args()
+
+    marker = options.venv / "reuses-parent"
+    if not (options.venv / "bin/python").exists():
+        reuse = options.reuse == "always" or (options.reuse == "auto" and sees_gpu(sys.executable))
+        create(options.venv, reuse)
+        if reuse:
+            marker.touch()
+
+    environment = dict(os.environ)
+    if marker.exists():  # most likely offline: what is missing should fail at once, not after minutes of retries
+        environment.setdefault("PIP_RETRIES", "0")
+        environment.setdefault("PIP_DEFAULT_TIMEOUT", "10")
+    pip = [str(options.venv / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if not marker.exists():
+        subprocess.run([*pip, *options.torch.split()], env=environment, check=True)
+    extras = [name for name in options.extras.split(",") if name]
+    subprocess.run([*pip, *declared(extras)], env=environment, check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"setup_venv: {error}")

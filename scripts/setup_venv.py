@@ -23,7 +23,9 @@ except ImportError:  # Python 3.10: pip always carries the same parser
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_TOOLS = ["cmake>=3.24", "ninja>=1.10"]  # scikit-build-core asks for them only in isolated builds
 
-SITE_FOLDERS = "import json, sysconfig; print(json.dumps(sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})))"
+SITE_FOLDERS = (
+    "import json, sysconfig; print(json.dumps(sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})))"
+)
 SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
 
 
@@ -34,7 +36,9 @@ def sees_gpu(python: str) -> bool:
 
 def create(venv: Path, reuse: bool) -> None:
     """Makes an empty environment; with `reuse`, one that also sees the packages of the Python that runs this script."""
-    subprocess.run([sys.executable, "-m", "venv", *(["--system-site-packages"] if reuse else []), str(venv)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", *(["--system-site-packages"] if reuse else []), str(venv)], check=True
+    )
     if reuse:
         # --system-site-packages skips the packages of a parent that is itself a virtual environment; a .pth file does not.
         folders = json.loads(subprocess.check_output([sys.executable, "-c", SITE_FOLDERS], text=True))
@@ -58,7 +62,9 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--torch", default="torch==2.13.0", help="what to ask pip for when torch is not there yet")
     parser.add_argument("--extras", default="", help="extras of pyproject.toml, separated by commas")
-    parser.add_argument("--reuse", choices=("auto", "always", "never"), default="auto", help="build on this Python's packages")
+    parser.add_argument(
+        "--reuse", choices=("auto", "always", "never"), default="auto", help="build on this Python's packages"
+    )
     options = parser.parse_args()
 
     marker = options.venv / "reuses-parent"

@@ -13,7 +13,7 @@ _EXPORTS = {
     "similarity": ("Term", "weight_similarity", "dual_similarity"),
     "assignment": ("Assignment", "assign", "assign_blocks"),
     "zipping": ("Zip", "zip_units"),
-    "regroup": ("regroup",),
+    "regrouping": ("regroup",),
     "spec": ("Axis", "PermutationSpec", "Space", "Tap"),
     "specs": ("spec_for",),
     "calibration": ("ActivationStats", "calibrate"),

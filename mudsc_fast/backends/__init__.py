@@ -1,0 +1,83 @@
+"""Which backend runs an op on a device: one table, one function.
+
+A backend is a module of this package with one function an op. ``pick`` takes the first usable one of the table's order;
+one asked for by name that cannot run is an error with the reason. Nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+
+def _always() -> str | None:
+    return None
+
+
+def _why_no_cuda_kernels() -> str | None:
+    from mudsc_fast import _core
+
+    if not _core.build_info()["cuda_archs"]:
+        return "this build has no CUDA kernels (build with MUDSC_FAST_CUDA=ON)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table: what a backend is called, where it runs, what it can do, and why it cannot run here."""
+
+    name: str
+    device_type: str
+    ops: frozenset[str]
+    why_not: Callable[[], str | None] = _always
+
+    @property
+    def module(self) -> ModuleType:
+        """The module with one function for each op."""
+        return importlib.import_module(f"mudsc_fast.backends.{self.name}")
+
+
+# In order of preference for each device. "host" moves CUDA tensors to the CPU kernels and the result back.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu", "cpu", frozenset({"regroup", "zip", "assign", "covariance", "similarity"})),
+    Backend("cuda", "cuda", frozenset({"regroup"}), _why_no_cuda_kernels),
+    Backend("torch_device", "cuda", frozenset({"covariance"})),
+    Backend("host", "cuda", frozenset({"regroup", "zip", "assign", "similarity"})),
+)
+
+
+def pick(op: str, device: torch.device | str, requested: str = "auto") -> Backend:
+    """Choose the backend that runs ``op`` on ``device``.
+
+    Args:
+        op: "regroup", "zip", "assign", "covariance" or "similarity".
+        device: where the tensors live.
+        requested: a backend's name, or "auto" for the first usable one.
+
+    Raises:
+        ValueError: no such backend, or it does not serve this op on this device, or it cannot run here (the message
+            says why).
+    """
+    device_type = torch.device(device).type
+    serving = [b for b in BACKENDS if op in b.ops and b.device_type == device_type]
+    if requested != "auto":
+        serving = [b for b in serving if b.name == requested]
+        if not serving:
+            known = sorted({b.name for b in BACKENDS if op in b.ops})
+            raise ValueError(
+                f"backend: {requested!r} does not run {op!r} on {device_type!r} tensors; backends of this op: {known}"
+            )
+    reasons = []
+    for backend in serving:
+        reason = backend.why_not()
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    why = "; ".join(reasons) or "no backend serves it"
+    raise ValueError(f"backend: nothing here runs {op!r} on {device_type!r} tensors: {why}")

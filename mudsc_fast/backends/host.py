@@ -1,0 +1,28 @@
+"""CUDA tensors on the CPU kernels: inputs are copied to the host, results back. For ops without a GPU kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mudsc_fast.backends import cpu
+
+
+def regroup(tensor: Tensor, out: Tensor, dim: int, ptr: Tensor, members: Tensor, scale: Tensor | None) -> None:
+    """Fill ``out`` with the regrouped ``tensor``; see ``mudsc_fast.regroup``."""
+    result = out.cpu()
+    cpu.regroup(tensor.cpu(), result, dim, ptr, members, scale)
+    out.copy_(result)
+
+
+def zip(
+    similarity: Tensor,
+    units: Tensor,
+    model_of: Tensor,
+    merges: int,
+    attenuation: float,
+    budget: Tensor,
+    block_budget: Tensor,
+    owner: Tensor,
+) -> tuple[float, int]:
+    """Zip some units of a similarity; the index vectors are host memory already."""
+    return cpu.zip(similarity.cpu(), units, model_of, merges, attenuation, budget, block_budget, owner)

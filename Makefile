@@ -43,7 +43,7 @@ $(STAMPS)/with-%: $(STAMPS)/base
 	@touch $@
 
 $(PACKAGE): $(STAMPS)/base $(SOURCES)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	$(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps \
 	    --config-settings=cmake.define.MUDSC_FAST_WERROR=$(WERROR) --config-settings=cmake.define.MUDSC_FAST_CUDA=$(CUDA) -e .
 	@rm -f $(STAMPS)/package-* && touch $@
 

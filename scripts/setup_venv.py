@@ -78,10 +78,12 @@ def main() -> None:
     if marker.exists():  # most likely offline: what is missing should fail at once, not after minutes of retries
         environment.setdefault("PIP_RETRIES", "0")
         environment.setdefault("PIP_DEFAULT_TIMEOUT", "10")
-    pip = [str(options.venv / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(options.venv / "bin/python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     if not marker.exists():
+        print(f"setup_venv: {options.torch}", flush=True)
         subprocess.run([*pip, *options.torch.split()], env=environment, check=True)
     extras = [name for name in options.extras.split(",") if name]
+    print(f"setup_venv: requirements of pyproject.toml{''.join(f' [{name}]' for name in extras)}", flush=True)
     subprocess.run([*pip, *declared(extras)], env=environment, check=True)
 
 

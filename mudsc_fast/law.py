@@ -1,0 +1,96 @@
+"""The law of a spec: a model regrouped by a random permutation of its spaces computes the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mudsc_fast.spec import PermutationSpec, Space
+
+
+def shuffle(space: Space, block: Tensor, generator: torch.Generator) -> Tensor:
+    """A random permutation of a space, (width,) int64, whose new block b is old block block[b]."""
+    each = space.width // space.blocks
+    inner = torch.arange(each).repeat(space.blocks, 1)
+    if space.within == "free":
+        inner = torch.stack([torch.randperm(each, generator=generator) for _ in range(space.blocks)])
+    return (block[:, None] * each + inner).reshape(-1)
+
+
+def changes(
+    spec: PermutationSpec, model: nn.Module, inputs: Any, seed: int, select: Callable[[Any], Any] | None
+) -> dict[str, float]:
+    """The largest relative change of the outputs in each trial (see PermutationSpec.verify_each)."""
+    state = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    spec.check(state, [name for name, _ in model.named_modules()])
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            before = _outputs(model, state, inputs, select)
+            return {
+                name: _change(before, _outputs(model, spec.permute(state, p), inputs, select))
+                for name, p in _trials(spec, seed).items()
+            }
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _trials(spec: PermutationSpec, seed: int) -> dict[str, dict[str, Tensor]]:
+    full = spec.random_permutation(seed)
+    trials: dict[str, dict[str, Tensor]] = {}
+    for space in spec:
+        if space.tie is None:
+            trials[space.name] = {space.name: full[space.name]}
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            trials[space.name] = {space.name: shuffle(space, torch.arange(space.blocks), generator)}
+    for tie, names in spec.ties.items():
+        trials[f"tie {tie}"] = {n: full[n] for n in names}
+    trials["all"] = full
+    return trials
+
+
+def _outputs(
+    model: nn.Module, state: dict[str, Tensor], inputs: Any, select: Callable[[Any], Any] | None
+) -> list[Tensor]:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    else:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    output = torch.func.functional_call(model, state, args, kwargs)
+    found = list(_floats(select(output) if select else output))
+    if not found:
+        raise ValueError("verify: the model returned no floating tensor")
+    return found
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.dtype.is_floating_point:
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floats(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floats(value)
+
+
+def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel():
+            scale = a.abs().max().clamp(min=torch.finfo(a.dtype).tiny)
+            change = float((a - b).abs().max() / scale)
+            worst = max(worst, change) if change == change else float("inf")
+    return worst

@@ -1,0 +1,447 @@
+"""The spec of an architecture: which tensor axes must be regrouped together, as frozen data (docs/design.md).
+
+The law every spec obeys: a model regrouped by any random permutation of its spaces computes the same function.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mudsc_fast import law, layout
+from mudsc_fast.axes import axis_labels, split_blocks, take
+
+Permutation = dict[str, Tensor]
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _ints(owner: str, what: str, value: Any, least: int = 0) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(_is_int(v, least) for v in value):
+        raise ValueError(f"{owner}: {what} must be integers >= {least}, got {value!r}")
+    return tuple(value)
+
+
+def _check_text(owner: str, what: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{owner}: {what} must be a name, got {value!r}")
+
+
+def _check_factors(owner: str, part: Axis | Tap) -> None:
+    """Check and normalise view, at, pick and part, which mean the same in an Axis and in a Tap."""
+    put = object.__setattr__
+    if part.view is not None:
+        put(part, "view", _ints(owner, "view", part.view, 1))
+    view = part.view
+    factors = len(view) if view else 1
+    at = part.at
+    if at is not None and not isinstance(at, int):
+        at = _ints(owner, "at", at)
+        put(part, "at", at[0] if len(at) == 1 else at)
+    if at is None and factors > 1:
+        raise ValueError(f"{owner}: a view {view} needs at, the factors that the units index")
+    for f in layout.factors_at(part):
+        if not _is_int(f, 0) or f >= factors:
+            raise ValueError(f"{owner}: at={part.at!r} does not fit the view {view}")
+    if len(set(layout.factors_at(part))) != len(layout.factors_at(part)) or not layout.factors_at(part):
+        raise ValueError(f"{owner}: at={part.at!r} must name each factor once, and at least one")
+    if part.pick is not None:
+        pick = _ints(owner, "pick", part.pick)
+        if view is None or len(pick) != 2 or pick[0] >= factors or pick[1] >= view[pick[0]]:
+            raise ValueError(f"{owner}: pick={part.pick!r} does not fit the view {view}")
+        if pick[0] in layout.factors_at(part):
+            raise ValueError(f"{owner}: pick and at both name factor {pick[0]}")
+        put(part, "pick", pick)
+    if part.part is not None:
+        piece = _ints(owner, "part", part.part)
+        if len(piece) != 2 or piece[1] < 1 or not isinstance(part.dim, int):
+            raise ValueError(f"{owner}: part must be (start, length) of one dim, got {part.part!r}")
+        if view is not None and prod(view) != piece[1]:
+            raise ValueError(f"{owner}: the view {view} does not factor the length {piece[1]} of its part")
+        put(part, "part", piece)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a tensor, as a space regroups it.
+
+    tensor: state-dict name. dim: the dim, or ascending dims that are flattened (experts x hidden).
+    role: "out" produces the space's units (also norm weights and biases, embeddings, class tokens), "in" consumes them.
+    view: the full factorisation of the axis, e.g. (3, heads, head_dim). at: the factors that the units index, block
+    factor first. pick: (factor, index), that factor fixed there. The remaining factors are features.
+    compare: False moves the tensor with the space, but leaves it out of the weight similarity (BatchNorm statistics).
+    part: (start, length), only this contiguous part of the axis, which the view then factors (concatenations).
+    Raises ValueError, naming the tensor, if these do not fit each other.
+    """
+
+    tensor: str
+    dim: int | tuple[int, ...]
+    role: str
+    view: tuple[int, ...] | None = None
+    at: int | tuple[int, ...] | None = None
+    pick: tuple[int, int] | None = None
+    compare: bool = True
+    part: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("an axis", "tensor", self.tensor)
+        owner = f"axis of {self.tensor}"
+        if not isinstance(self.dim, int):
+            dims = _ints(owner, "dim", self.dim)
+            if not dims or list(dims) != sorted(set(dims)):
+                raise ValueError(f"{owner}: several dims must be ascending, got {self.dim!r}")
+            object.__setattr__(self, "dim", dims[0] if len(dims) == 1 else dims)
+            if len(dims) > 1 and self.view is None:
+                raise ValueError(f"{owner}: several dims {dims} need a view")
+        elif not _is_int(self.dim, 0):
+            raise ValueError(f"{owner}: dim must be an integer >= 0, got {self.dim!r}")
+        if self.role not in ("out", "in"):
+            raise ValueError(f"{owner}: role must be 'out' or 'in', got {self.role!r}")
+        if not isinstance(self.compare, bool):
+            raise ValueError(f"{owner}: compare must be True or False, got {self.compare!r}")
+        _check_factors(owner, self)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module port where a space's activations are seen.
+
+    module: its name in `named_modules`. port: "input" (first argument) or "output" (first item of a tuple).
+    dim: the dim that holds the units, may be negative; view, at, pick, part as in Axis. All else are samples.
+    """
+
+    module: str
+    port: str
+    dim: int
+    view: tuple[int, ...] | None = None
+    at: int | tuple[int, ...] | None = None
+    pick: tuple[int, int] | None = None
+    part: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, str):
+            raise ValueError(f"a tap: module must be a name, got {self.module!r}")
+        owner = f"tap of {self.module!r}"
+        if self.port not in ("input", "output"):
+            raise ValueError(f"{owner}: port must be 'input' or 'output', got {self.port!r}")
+        if not isinstance(self.dim, int) or isinstance(self.dim, bool):
+            raise ValueError(f"{owner}: dim must be an integer, got {self.dim!r}")
+        _check_factors(owner, self)
+
+
+def _units(part: Axis | Tap) -> int | None:
+    """How many units the factors index; None where only the tensor knows."""
+    if part.view is not None:
+        return prod(part.view[f] for f in layout.factors_at(part))
+    return part.part[1] if part.part is not None else None
+
+
+@dataclass(frozen=True)
+class Space:
+    """A set of tensor axes that must be regrouped together.
+
+    width: units of one model. blocks: units move inside blocks and blocks as wholes; unit = block * (width / blocks)
+    + place in the block. within: "free", or "fixed" if only whole blocks move. tie: spaces with one tie share one
+    block permutation. Raises ValueError, naming the space and the tensor.
+    """
+
+    name: str
+    width: int
+    axes: tuple[Axis, ...]
+    taps: tuple[Tap, ...] = ()
+    blocks: int = 1
+    within: str = "free"
+    tie: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("a space", "name", self.name)
+        owner = f"space {self.name!r}"
+        for what, kind in (("axes", Axis), ("taps", Tap)):
+            value = getattr(self, what)
+            if not isinstance(value, Sequence) or not all(isinstance(v, kind) for v in value):
+                raise ValueError(f"{owner}: {what} must be a sequence of {kind.__name__}, got {value!r}")
+            object.__setattr__(self, what, tuple(value))
+        if not self.axes:
+            raise ValueError(f"{owner}: has no axes")
+        if not _is_int(self.width, 1):
+            raise ValueError(f"{owner}: width must be an integer >= 1, got {self.width!r}")
+        if not _is_int(self.blocks, 1) or self.width % self.blocks:
+            raise ValueError(f"{owner}: blocks must divide the width {self.width}, got {self.blocks!r}")
+        if self.within not in ("free", "fixed"):
+            raise ValueError(f"{owner}: within must be 'free' or 'fixed', got {self.within!r}")
+        if self.tie is not None:
+            _check_text(owner, "tie", self.tie)
+        parts: list[Axis | Tap] = [*self.axes, *self.taps]
+        for part in parts:
+            where = f"tensor {part.tensor}" if isinstance(part, Axis) else f"tap {part.module!r}"
+            units = _units(part)
+            if units is not None and units != self.width:
+                raise ValueError(f"{owner}: {where} gives {units} units, expected the width {self.width}")
+            at = layout.factors_at(part)
+            if self.blocks > 1 and len(at) > 1 and part.view is not None and part.view[at[0]] != self.blocks:
+                raise ValueError(
+                    f"{owner}: {where}: the first factor in at={at} has size {part.view[at[0]]}, expected the "
+                    f"{self.blocks} blocks"
+                )
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A tensor axis that no space may touch, and why (found by tracing; information only)."""
+
+    tensor: str
+    dim: int
+    reason: str
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if hasattr(value, "shape") else tuple(value)
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """All spaces of an architecture. Raises ValueError, naming the tensor, if they do not fit each other."""
+
+    spaces: tuple[Space, ...]
+    frozen: tuple[Frozen, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.spaces, Sequence) or not all(isinstance(s, Space) for s in self.spaces):
+            raise ValueError(f"spaces: expected a sequence of Space, got {self.spaces!r}")
+        object.__setattr__(self, "spaces", tuple(self.spaces))
+        object.__setattr__(self, "frozen", tuple(self.frozen))
+        seen: set[str] = set()
+        for space in self.spaces:
+            if space.name in seen:
+                raise ValueError(f"two spaces have the name {space.name!r}")
+            seen.add(space.name)
+        for tie, names in self.ties.items():
+            blocks = {n: self[n].blocks for n in names}
+            if len(set(blocks.values())) > 1:
+                raise ValueError(f"tie {tie!r}: its spaces have different numbers of blocks, {blocks}")
+        for name in self.entries:
+            sizes = self._known_sizes(name)
+            if sizes is not None:
+                layout.groups(name, self.entries[name], sizes)
+
+    def __iter__(self) -> Iterator[Space]:
+        return iter(self.spaces)
+
+    def __len__(self) -> int:
+        return len(self.spaces)
+
+    def __getitem__(self, name: str) -> Space:
+        """The space of this name; KeyError lists the names there are."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise KeyError(f"no space {name!r}; there are {', '.join(self._by_name)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @cached_property
+    def _by_name(self) -> dict[str, Space]:
+        return {s.name: s for s in self.spaces}
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[layout.Entry, ...]]:
+        """{tensor: its (space, axis) pairs, in spec order}."""
+        found: dict[str, list[layout.Entry]] = defaultdict(list)
+        for space in self.spaces:
+            for axis in space.axes:
+                found[axis.tensor].append((space, axis))
+        return {name: tuple(e) for name, e in found.items()}
+
+    @cached_property
+    def ties(self) -> dict[str, tuple[str, ...]]:
+        """{tie: names of its spaces, in spec order}."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for space in self.spaces:
+            if space.tie is not None:
+                found[space.tie].append(space.name)
+        return {tie: tuple(names) for tie, names in found.items()}
+
+    @cached_property
+    def _neighbours(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, set[str]] = {s.name: set() for s in self.spaces}
+        for entries in self.entries.values():
+            for space, axis in entries:
+                if axis.compare:
+                    dims = set(layout.dims_of(axis))
+                    for other, b in entries:
+                        apart = not dims & set(layout.dims_of(b))
+                        if apart or (other is not space and b.pick == axis.pick and b.part == axis.part):
+                            found[space.name].add(other.name)
+        return {name: tuple(s.name for s in self.spaces if s.name in near) for name, near in found.items()}
+
+    def neighbours(self, space: str) -> tuple[str, ...]:
+        """The spaces whose labels enter this space's weight similarity: they share a compared tensor with it.
+
+        A space on two dims of one tensor is its own neighbour.
+        """
+        return self._neighbours[self[space].name]
+
+    def _known_sizes(self, name: str) -> dict[int, int] | None:
+        """The size of each dim that the axes of a tensor name, as far as the views tell; None if they do not."""
+        sizes: dict[int, int] = {}
+        least: dict[int, int] = {}
+        for space, axis in sorted(self.entries[name], key=lambda e: len(layout.dims_of(e[1]))):
+            dims = layout.dims_of(axis)
+            if axis.part is not None:
+                least[dims[0]] = max(least.get(dims[0], 0), sum(axis.part))
+                continue
+            view = axis.view or (space.width,)
+            if len(dims) == len(view):
+                told = dict(zip(dims, view, strict=True))
+            else:
+                unknown = [d for d in dims if d not in sizes]
+                if len(unknown) > 1:
+                    return None
+                rest = prod(view) // prod(sizes[d] for d in dims if d in sizes)
+                told = dict.fromkeys(unknown, rest)
+            for d, size in told.items():
+                if sizes.setdefault(d, size) != size:
+                    raise ValueError(f"{name} dim {d}: has size {sizes[d]} in one axis and {size} in another")
+        for d, size in least.items():
+            if sizes.setdefault(d, size) < size:
+                raise ValueError(f"{name} dim {d}: a part ends at {size}, past its size {sizes[d]}")
+        return sizes
+
+    def groups(self, name: str, shape: Sequence[int]) -> list[layout.Group]:
+        """How the spaces lie on the tensor `name` of this shape: its groups of dims (see mudsc_fast.layout)."""
+        entries = self.entries.get(name, ())
+        sizes = {}
+        for space, axis in entries:
+            for d in layout.dims_of(axis):
+                if d >= len(shape):
+                    raise ValueError(f"{name}: space {space.name!r} names dim {d}, but the shape is {tuple(shape)}")
+                sizes[d] = shape[d]
+            if axis.view is None and axis.part is None and shape[layout.dims_of(axis)[0]] != space.width:
+                raise ValueError(
+                    f"{name} dim {axis.dim}: expected the width {space.width} of space {space.name!r}, got shape "
+                    f"{tuple(shape)}"
+                )
+        return layout.groups(name, entries, sizes)
+
+    def check(self, tensors: Mapping[str, Any], modules: Sequence[str] | None = None) -> None:
+        """Raise ValueError if the spec names a tensor (or a tap's module) that is missing, or a shape that disagrees.
+
+        tensors: a state dict, or {name: shape}. modules: the names of the model's modules, where known.
+        """
+        for name in self.entries:
+            if name not in tensors:
+                near = ", ".join(list(tensors)[:4])
+                raise ValueError(f"spec: unknown tensor {name!r}; the model has {near}, ...")
+            self.groups(name, _shape(tensors[name]))
+        if modules is not None:
+            known = set(modules)
+            for space in self.spaces:
+                for tap in space.taps:
+                    if tap.module not in known:
+                        raise ValueError(f"spec: space {space.name!r} is tapped at an unknown module {tap.module!r}")
+
+    def random_permutation(self, seed: int = 0) -> Permutation:
+        """{space: (width,) int64}, new unit i is old unit indices[i]; keeps blocks, fixed units and ties."""
+        generator = torch.Generator().manual_seed(seed)
+        of_tie: dict[str, Tensor] = {}
+        result = {}
+        for space in self.spaces:
+            block = torch.randperm(space.blocks, generator=generator)
+            if space.tie is not None:
+                block = of_tie.setdefault(space.tie, block)
+            result[space.name] = law.shuffle(space, block, generator)
+        return result
+
+    def permute(self, state_dict: Mapping[str, Tensor], permutation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same function in another unit order: a new dict of new tensors; spaces left out stay as they are.
+
+        permutation: {space: (width,) int64}, new unit i is old unit indices[i]. ValueError if it does not keep
+        blocks, fixed units or ties, or if a tensor is missing or does not fit.
+        """
+        self.check(state_dict)
+        labels = self._labels(permutation)
+        result = {}
+        for name in state_dict:
+            tensor = state_dict[name].detach()
+            maps = axis_labels(self, name, tensor.shape, labels) if name in self.entries else []
+            for part in maps:
+                tensor = take(tensor, part.dims, torch.argsort(part.labels))
+            result[name] = tensor if maps else tensor.clone()
+        return result
+
+    def _labels(self, permutation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        labels = {}
+        for name, indices in permutation.items():
+            if name not in self:
+                raise ValueError(f"permutation: unknown space {name!r}; there are {', '.join(self._by_name)}")
+            space, indices = self[name], torch.as_tensor(indices).cpu()
+            if indices.dtype.is_floating_point or not torch.equal(
+                indices.reshape(-1).sort().values, torch.arange(space.width)
+            ):
+                raise ValueError(f"permutation of space {name!r}: expected each of 0..{space.width - 1} once")
+            labels[name] = torch.empty(space.width, dtype=torch.int64)
+            labels[name][indices.long()] = torch.arange(space.width)
+            _, inner = split_blocks(space, labels[name], space.width)
+            if space.within == "fixed" and not torch.equal(inner, torch.arange(inner.shape[1]).expand_as(inner)):
+                raise ValueError(f"permutation of space {name!r}: only whole blocks may move (within='fixed')")
+        for tie, names in self.ties.items():
+            moved = [split_blocks(self[n], labels[n], self[n].width)[0] for n in names if n in labels]
+            if len(moved) < len(names) and moved:
+                moved.append(torch.arange(self[names[0]].blocks))
+            if any(not torch.equal(m, moved[0]) for m in moved):
+                raise ValueError(f"permutation: the tied spaces {', '.join(names)} ({tie}) move blocks differently")
+        return labels
+
+    def verify_each(
+        self, model: nn.Module, inputs: Any, seed: int = 0, select: Callable[[Any], Any] | None = None
+    ) -> dict[str, float]:
+        """{space, "tie NAME" or "all": largest relative change of the outputs when it is permuted at random}.
+
+        A tied space alone is permuted inside its blocks; the tie as a whole moves its blocks too. inputs: a tensor, a
+        tuple of arguments or a dict of keyword arguments. select: the part of the output to compare (by default all
+        floating tensors in it). The model runs in eval mode and is left as it was.
+        """
+        return law.changes(self, model, inputs, seed, select)
+
+    def verify(self, model: nn.Module, inputs: Any, seed: int = 0, select: Callable[[Any], Any] | None = None) -> float:
+        """The largest relative change of the outputs over random permutations (see verify_each)."""
+        return max(self.verify_each(model, inputs, seed, select).values(), default=0.0)
+
+    def to_json(self) -> str:
+        """The spec as JSON text, data only; defaults are left out."""
+        return json.dumps({"spaces": [_plain(s) for s in self.spaces], "frozen": [_plain(f) for f in self.frozen]})
+
+    @classmethod
+    def from_json(cls, text: str) -> PermutationSpec:
+        """The spec that to_json wrote; ValueError if it is none."""
+        try:
+            data = json.loads(text)
+            spaces = []
+            for s in data["spaces"]:
+                axes = tuple(Axis(**a) for a in s.pop("axes"))
+                taps = tuple(Tap(**t) for t in s.pop("taps", ()))
+                spaces.append(Space(**s, axes=axes, taps=taps))
+            return cls(tuple(spaces), tuple(Frozen(**f) for f in data.get("frozen", ())))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not the JSON of a PermutationSpec: {error}") from error
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    result = {}
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if f.default is MISSING or value != f.default:
+            many = isinstance(value, tuple) and value and isinstance(value[0], (Axis, Tap))
+            result[f.name] = [_plain(v) for v in value] if many else value
+    return result

@@ -141,7 +141,7 @@ def _unions(similarity: Tensor, d: int, models: int, blocks: int, block_indices:
     size = d // blocks
     first = pairing * size + torch.arange(models)[:, None] * d  # (models, blocks)
     units = first[:, :, None] + torch.arange(size)  # (models, blocks, size)
-    return [units[:, k].reshape(-1) for k in range(blocks)]
+    return [units[:, k].reshape(-1).contiguous() for k in range(blocks)]
 
 
 def _checked_pairing(block_indices: Tensor, models: int, blocks: int) -> Tensor:

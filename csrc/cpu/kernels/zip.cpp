@@ -58,7 +58,7 @@ class Zipper {
     explicit Zipper(const ZipArgs& args) : a(args), n(args.n), ld(ceil_div(args.n, kLanes) * kLanes) {}
 
     Status run() {
-        if (!(w.allocate(n * ld) && bars.allocate(a.models * n) && best.allocate(n) && partner.allocate(n) &&
+        if (!(w.allocate(n * ld) && gone.allocate(n) && best.allocate(n) && partner.allocate(n) &&
               stale.allocate(n) && model.allocate(n) && alive.allocate(n) && none.allocate(n))) {
             return Status::no_memory;
         }
@@ -81,7 +81,6 @@ class Zipper {
 
   private:
     T* row(int64_t i) const { return w.get() + i * ld; }
-    T* bar_of(int64_t unit) const { return bars.get() + static_cast<int64_t>(model[unit]) * n; }
     static constexpr T kNone = -static_cast<T>(INFINITY);
 
     // Copies the chosen rows and columns, checks them, and makes the copy exactly symmetric.
@@ -117,12 +116,10 @@ class Zipper {
                 }
                 for (; k < n; ++k) {
                     const T x = to[k] < 0 ? -to[k] : to[k];
+                    broken |= !(x < static_cast<T>(INFINITY));
                     lane[0] = x <= lane[0] ? lane[0] : x;
                 }
-                for (int64_t l = 0; l < kLanes; ++l) {
-                    broken |= !(lane[l] < static_cast<T>(INFINITY));
-                    most = lane[l] > most ? lane[l] : most;
-                }
+                for (int64_t l = 0; l < kLanes; ++l) most = lane[l] > most ? lane[l] : most;
             }
             bad[band] = broken;
             magnitude[band] = most;
@@ -162,13 +159,12 @@ class Zipper {
             a.owner[i] = i;
             model[i] = a.model_of[i];
             alive[i] = static_cast<int32_t>(i);
-            none[i] = 0;
+            none[i] = gone[i] = 0;
             stale[i] = 0;
         }
         n_alive = n;
         for (int m = 0; m < a.models; ++m) {
-            const bool barred = spent(m);
-            for (int64_t k = 0; k < n; ++k) bars[m * n + k] = barred && model[k] == m ? kNone : T{0};
+            if (spent(m)) bar_pairs_inside(m);
         }
         parallel_each(a.threads, ceil_div(n, kTile), [&](int64_t band, int) {
             for (int64_t i = band * kTile; i < min64((band + 1) * kTile, n); ++i) search(i);
@@ -178,7 +174,7 @@ class Zipper {
     bool spent(int m) const { return a.budget[m] <= 0 || a.block_budget[m] <= 0; }
 
     void search(int64_t i) {
-        best[i] = first_max(row(i), bar_of(i), i + 1, n, &partner[i]);
+        best[i] = first_max(row(i), gone.get(), i + 1, n, &partner[i]);
         stale[i] = 0;
     }
 
@@ -210,7 +206,7 @@ class Zipper {
         for (; at < n_alive && alive[at] < i; ++at) {
             const int64_t k = alive[at];
             row(k)[i] = to[k];
-            changed(k, i, j, to[k] + bar_of(k)[i]);
+            changed(k, i, j, to[k]);
         }
         for (; at < n_alive; ++at) {
             const int64_t k = alive[at];
@@ -234,7 +230,7 @@ class Zipper {
 
     // The unit takes part in no further pair.
     void remove(int64_t unit) {
-        for (int m = 0; m < a.models; ++m) bars[m * n + unit] = kNone;
+        gone[unit] = kNone;
         best[unit] = kNone;
         stale[unit] = 0;
         for (int64_t at = 0; at < n_alive; ++at) {
@@ -249,10 +245,18 @@ class Zipper {
         --a.budget[m];
         --a.block_budget[m];
         if (!spent(m)) return;
+        bar_pairs_inside(m);
         for (int64_t k = 0; k < n; ++k) {
-            if (model[k] != m) continue;
-            bars[static_cast<int64_t>(m) * n + k] = kNone;
-            stale[k] |= best[k] != kNone && partner[k] >= 0 && model[partner[k]] == m;
+            stale[k] |= model[k] == m && best[k] != kNone && model[partner[k]] == m;
+        }
+    }
+
+    // Written into the matrix, because a barred entry also bars what it is merged with (rule 5's minimum).
+    void bar_pairs_inside(int m) {
+        for (int64_t i = 0; i < n; ++i) {
+            if (model[i] != m) continue;
+            T* entries = row(i);
+            for (int64_t k = 0; k < n; ++k) entries[k] = model[k] == m ? kNone : entries[k];
         }
     }
 
@@ -260,7 +264,7 @@ class Zipper {
     const int64_t n, ld;
     int64_t n_alive = 0;
     Buffer<T> w;         // [n, ld] the working similarity; its diagonal is never looked at
-    Buffer<T> bars;      // [models, n] what a row of this model adds to column k: 0, or -inf where the pair is not allowed
+    Buffer<T> gone;      // [n] added to a row's entries: -inf for units that take part in no further pair, else 0
     Buffer<T> best;      // [n] the row's largest entry to the right of the diagonal
     Buffer<int64_t> partner;
     Buffer<uint8_t> stale;

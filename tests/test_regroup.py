@@ -1,0 +1,208 @@
+"""regroup against the float64 reference: every type, axis, stride pattern, instruction set and thread count."""
+
+from __future__ import annotations
+
+import golden_cases
+import pytest
+import torch
+from torch import Tensor
+
+import mudsc_fast as mf
+from mudsc_fast import _core
+
+# Sums of a handful of values: one rounding of the result's type for each member, and one of the scale.
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 4e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+MOVED = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64)
+SHAPES = ((7,), (5, 9), (33, 17), (4, 6, 5), (16, 3, 3, 3), (2, 3, 4, 5, 2), (1, 1), (257, 130))
+
+
+def tensors_of(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    """The same shape in several memory layouts."""
+    generator = torch.Generator().manual_seed(len(shape))
+    base = torch.randn(shape, generator=generator)
+    if dtype.is_complex:
+        dense = torch.complex(base, base.flip(0))
+    else:
+        dense = base.to(dtype) if dtype.is_floating_point else (base * 50).to(dtype)
+    reversed_axes = tuple(reversed(range(len(shape))))
+    wide = torch.zeros([2 * n + 1 for n in shape], dtype=dtype)
+    strided = wide[tuple(slice(1, None, 2) for _ in shape)]
+    strided.copy_(dense)
+    return [
+        ("dense", dense),
+        ("transposed", dense.permute(reversed_axes).contiguous().permute(reversed_axes)),
+        ("strided", strided),
+        ("expanded", dense[:1].expand(shape)),
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_sums_agree_with_the_reference(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for layout, tensor in tensors_of(shape, dtype):
+        for dim in range(-1, len(shape)):
+            size = max(1, 2 * shape[dim] // 3)
+            labels = torch.randint(size, (shape[dim],), generator=generator)
+            scale = torch.rand(size, generator=generator) + 0.5
+            for by in (None, scale):
+                got = mf.regroup(tensor, labels, dim, size, by)
+                want = mf.reference.regroup(tensor, labels, dim, size, by)
+                magnitude = mf.reference.regroup(tensor.abs(), labels, dim, size, by)
+                assert got.dtype == dtype
+                assert got.shape == want.shape
+                allowed = TOLERANCE[dtype] * magnitude + (1e-7 if dtype == torch.float16 else 0)
+                assert bool(((got.double() - want).abs() <= allowed).all()), (layout, dim, by is None)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [*TOLERANCE, *MOVED], ids=str)
+def test_permutations_are_exact_gathers(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for layout, tensor in tensors_of(shape, dtype):
+        for dim in range(len(shape)):
+            indices = torch.randperm(shape[dim], generator=generator)
+            labels = torch.empty_like(indices)
+            labels[indices] = torch.arange(shape[dim])
+            got = mf.regroup(tensor, labels, dim, shape[dim])
+            assert torch.equal(got, tensor.index_select(dim, indices)), (layout, dim)
+
+
+def test_float8_can_be_moved(isa: str) -> None:
+    tensor = torch.randn(6, 10).to(torch.float8_e4m3fn)
+    got = mf.regroup(tensor, torch.arange(9, -1, -1), 1, 10)
+    assert torch.equal(got.float(), tensor.float().flip(1))
+    with pytest.raises(TypeError, match="can only be moved"):
+        mf.regroup(tensor, torch.zeros(10, dtype=torch.int64), 1, 1)
+
+
+def test_units_without_members_are_zero(isa: str) -> None:
+    tensor = torch.randn(4, 6)
+    got = mf.regroup(tensor, torch.tensor([0, 2, 5, 7, 8, 9]), 1, 11)
+    assert torch.equal(got[:, [1, 3, 4, 6, 10]], torch.zeros(4, 5))
+    assert torch.equal(got[:, [0, 2, 5, 7, 8, 9]], tensor)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 2)], ids=str)
+def test_empty_tensors(isa: str, shape: tuple[int, ...]) -> None:
+    tensor = torch.zeros(shape)
+    for dim in range(len(shape)):
+        got = mf.regroup(tensor, torch.zeros(shape[dim], dtype=torch.int64), dim, 2)
+        assert torch.equal(got, torch.zeros([2 if d == dim else n for d, n in enumerate(shape)]))
+
+
+def test_large_results_stream_past_the_cache(isa: str) -> None:
+    # 16 MiB and 12 MiB results, past the size from which stores bypass the cache; odd row lengths misalign the rows.
+    for shape in ((1021, 4099), (3, 1021, 1023)):
+        tensor = torch.randn(shape)
+        for dim in range(len(shape)):
+            indices = torch.randperm(shape[dim])
+            got = mf.regroup(tensor, indices.argsort(), dim, shape[dim])
+            assert torch.equal(got, tensor.index_select(dim, indices))
+        labels = torch.arange(1021) // 2
+        got = mf.regroup(tensor, labels, len(shape) - 2, 511)
+        want = mf.reference.regroup(tensor, labels, len(shape) - 2, 511)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_threads_change_nothing(isa: str) -> None:
+    tensor = torch.randn(300, 5000)
+    labels = torch.randint(3000, (5000,))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(mf.regroup(tensor, labels, 1, 3000))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("inputs", "expected"), [c[1:] for c in golden_cases.regroup_cases()])
+def test_goldens(isa: str, inputs: dict, expected: dict) -> None:
+    # The official code adds 1e-5 to its normalisation.
+    torch.testing.assert_close(mf.regroup(**inputs), expected["tensor"], rtol=2e-5, atol=1e-5)
+
+
+def test_out_is_written_and_returned(isa: str) -> None:
+    tensor = torch.randn(5, 8)
+    out = torch.full((8, 5), torch.nan).t()
+    got = mf.regroup(tensor, torch.arange(8).flip(0), 1, 8, out=out)
+    assert got is out
+    assert torch.equal(out, tensor.flip(1))
+
+
+def test_input_is_detached_and_unchanged() -> None:
+    tensor = torch.randn(5, 8, requires_grad=True)
+    before = tensor.detach().clone()
+    got = mf.regroup(tensor, torch.zeros(8, dtype=torch.int64), 1, 1)
+    assert not got.requires_grad
+    assert torch.equal(tensor.detach(), before)
+
+
+def test_wider_than_the_kernel_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 12 dimensions"):
+        mf.regroup(torch.zeros([1] * 13), torch.zeros(1, dtype=torch.int64), 0, 1)
+
+
+T = torch.zeros(3, 4)
+L = torch.tensor([0, 1, 2, 3])
+BAD = {
+    "not a tensor": (TypeError, "tensor: expected a torch.Tensor", ([1.0], L, 0, 4), {}),
+    "scalar": (ValueError, "at least one axis", (torch.tensor(1.0), L, 0, 4), {}),
+    "dim": (ValueError, "dim: expected -2..1", (T, L, 2, 4), {}),
+    "size": (ValueError, "size: expected", (T, L, 1, -1), {}),
+    "float labels": (TypeError, "labels: expected an integer tensor", (T, L.float(), 1, 4), {}),
+    "labels shape": (ValueError, r"labels: expected shape \(3,\)", (T, L, 0, 4), {}),
+    "labels range": (ValueError, "labels: expected 0 <= label < 3, got 0..3", (T, L, 1, 3), {}),
+    "negative labels": (ValueError, "got -1", (T, L - 1, 1, 4), {}),
+    "scale shape": (ValueError, r"scale: expected shape \(4,\)", (T, L, 1, 4, torch.ones(3)), {}),
+    "scale type": (TypeError, "scale: expected a real tensor", (T, L, 1, 4, [1.0]), {}),
+    "sum of integers": (TypeError, "can only be moved", (T.int(), L // 2, 1, 2), {}),
+    "scaled integers": (TypeError, "can only be moved", (T.int(), L, 1, 4, torch.ones(4)), {}),
+    "out shape": (ValueError, "out: expected shape", (T, L, 1, 4), {"out": torch.zeros(4, 3)}),
+    "out dtype": (ValueError, "out: expected shape", (T, L, 1, 4), {"out": T.double()}),
+    "out overlaps itself": (ValueError, "overlapping", (T, L, 1, 4), {"out": torch.zeros(1, 4).expand(3, 4)}),
+    "out overlaps tensor": (ValueError, "apart from", (T, L, 1, 4), {"out": T}),
+    "out requires grad": (ValueError, "require grad", (T, L, 1, 4), {"out": torch.zeros(3, 4, requires_grad=True)}),
+    "backend": (ValueError, "backend: 'abacus' does not run 'regroup'", (T, L, 1, 4), {"backend": "abacus"}),
+    "wrong device's backend": (ValueError, "does not run 'regroup' on 'cpu'", (T, L, 1, 4), {"backend": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_named(case: str) -> None:
+    error, message, args, kwargs = BAD[case]
+    with pytest.raises(error, match=message):
+        mf.regroup(*args, **kwargs)
+
+
+def test_the_kernel_guards_memory_itself() -> None:
+    out = torch.empty(3, 4)
+    ptr = torch.arange(5)
+    with pytest.raises(ValueError, match="members: out of range"):
+        _core.regroup(T, out, 1, ptr, torch.tensor([0, 1, 2, 4]), None, 1)
+    with pytest.raises(ValueError, match="ptr: must not fall"):
+        _core.regroup(T, out, 1, torch.tensor([0, 2, 1, 3, 4]), L, None, 1)
+    with pytest.raises(ValueError, match="differ in shape"):
+        _core.regroup(T, torch.empty(2, 4), 1, ptr, L, None, 1)
+    with pytest.raises(TypeError, match="tensor: expected a tensor, got list"):
+        _core.regroup([1], out, 1, ptr, L, None, 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [*TOLERANCE, *MOVED[:-1]], ids=str)
+def test_cuda_agrees_with_the_cpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for _, tensor in tensors_of(shape, dtype):
+        for dim in range(len(shape)):
+            moved = torch.randperm(shape[dim])
+            got = mf.regroup(tensor.cuda(), moved, dim, shape[dim], backend="cuda")
+            assert torch.equal(got.cpu(), mf.regroup(tensor, moved, dim, shape[dim]))
+            if dtype.is_floating_point:
+                labels = moved // 2
+                got = mf.regroup(tensor.cuda(), labels, dim, shape[dim], torch.rand(shape[dim]).fill_(0.75))
+                want = mf.regroup(tensor, labels, dim, shape[dim], torch.rand(shape[dim]).fill_(0.75))
+                assert torch.equal(got.cpu(), want)

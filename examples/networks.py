@@ -133,6 +133,137 @@ def ResNet20(width: int = 16, **options: object) -> ResNet:
     return ResNet(blocks=(3, 3, 3), width=width, **options)  # type: ignore[arg-type]
 
 
+class VGG(nn.Module):
+    """A VGG with torchvision's names. config: channels of the 3x3 convolutions, "M" for a 2x2 max pool.
+
+    hidden: units of the classifier's hidden layers. image: height and width of the input.
+    """
+
+    def __init__(
+        self,
+        config: Sequence[int | str] = (32, 32, "M", 64, 64, "M"),
+        batch_norm: bool = True,
+        hidden: Sequence[int] = (64,),
+        image: int = 32,
+        channels: int = 3,
+        num_outputs: int = 10,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before, size = channels, image
+        for c in config:
+            if isinstance(c, int):
+                layers.append(nn.Conv2d(before, c, 3, padding=1))
+                layers += [nn.BatchNorm2d(c)] if batch_norm else []
+                layers.append(nn.ReLU())
+                before = c
+            else:
+                layers.append(nn.MaxPool2d(2))
+                size //= 2
+        self.features = nn.Sequential(*layers)
+        layers, before = [], before * size * size
+        for units in hidden:
+            layers += [nn.Linear(before, units), nn.ReLU(), nn.Dropout(dropout)]
+            before = units
+        self.classifier = nn.Sequential(*layers, nn.Linear(before, num_outputs))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with timm's names; fused: one qkv layer. qk_norm: LayerNorm over each head's q and k."""
+
+    def __init__(self, width: int, num_heads: int, fused: bool, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads, self.fused, size = num_heads, fused, width // num_heads
+        if fused:
+            self.qkv = nn.Linear(width, 3 * width)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.q_norm = nn.LayerNorm(size) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(size) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ViTLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, fused: bool, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width), Attention(width, num_heads, fused, qk_norm)
+        self.norm2, self.mlp = nn.LayerNorm(width), FeedForward(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """A vision transformer with timm's names. pool: "token" reads the class token, "mean" the mean over patches."""
+
+    def __init__(
+        self,
+        image: int = 32,
+        patch: int = 4,
+        channels: int = 3,
+        width: int = 64,
+        depth: int = 4,
+        num_heads: int = 4,
+        hidden: int | None = None,
+        num_outputs: int = 10,
+        fused: bool = True,
+        qk_norm: bool = False,
+        class_token: bool = True,
+        pool: str = "token",
+    ) -> None:
+        super().__init__()
+        if pool == "token" and not class_token:
+            raise ValueError("pool: 'token' needs class_token=True")
+        self.pool = pool
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(channels, width, patch, patch)
+        tokens = (image // patch) ** 2 + class_token
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02) if class_token else None
+        self.pos_embed = nn.Parameter(torch.randn(1, tokens, width) * 0.02)
+        self.blocks = nn.Sequential(
+            *(ViTLayer(width, num_heads, hidden or 4 * width, fused, qk_norm) for _ in range(depth))
+        )
+        self.norm = nn.LayerNorm(width) if pool == "token" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(width) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        skip = 0
+        if self.cls_token is not None:
+            x, skip = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1), 1
+        x = self.norm(self.blocks(x + self.pos_embed))
+        return self.head(self.fc_norm(x[:, 0] if self.pool == "token" else x[:, skip:].mean(1)))
+
+
 def randomise_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every norm layer random weights, biases and running statistics, in place: a fresh one hides mistakes."""
     generator = torch.Generator().manual_seed(seed)

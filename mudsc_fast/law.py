@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Space
 
 
+def shuffled(count: int, generator: torch.Generator) -> Tensor:
+    """A random order of range(count), (count,) int64; not the identity, which would test nothing."""
+    order = torch.randperm(count, generator=generator)
+    return order.roll(1) if torch.equal(order, torch.arange(count)) else order
+
+
 def shuffle(space: Space, block: Tensor, generator: torch.Generator) -> Tensor:
     """A random permutation of a space, (width,) int64, whose new block b is old block block[b]."""
     each = space.width // space.blocks
     inner = torch.arange(each).repeat(space.blocks, 1)
     if space.within == "free":
-        inner = torch.stack([torch.randperm(each, generator=generator) for _ in range(space.blocks)])
+        inner = torch.stack([shuffled(each, generator) for _ in range(space.blocks)])
     return (block[:, None] * each + inner).reshape(-1)
 
 

@@ -204,7 +204,8 @@ class Frozen:
     reason: str
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor (or of anything with a shape), or the shape itself."""
     return tuple(value.shape) if hasattr(value, "shape") else tuple(value)
 
 
@@ -343,7 +344,7 @@ class PermutationSpec:
             if name not in tensors:
                 near = ", ".join(list(tensors)[:4])
                 raise ValueError(f"spec: unknown tensor {name!r}; the model has {near}, ...")
-            self.groups(name, _shape(tensors[name]))
+            self.groups(name, shape_of(tensors[name]))
         if modules is not None:
             known = set(modules)
             for space in self.spaces:
@@ -352,12 +353,15 @@ class PermutationSpec:
                         raise ValueError(f"spec: space {space.name!r} is tapped at an unknown module {tap.module!r}")
 
     def random_permutation(self, seed: int = 0) -> Permutation:
-        """{space: (width,) int64}, new unit i is old unit indices[i]; keeps blocks, fixed units and ties."""
+        """{space: (width,) int64}, new unit i is old unit indices[i]; keeps blocks, fixed units and ties.
+
+        No order drawn is the identity where there is another.
+        """
         generator = torch.Generator().manual_seed(seed)
         of_tie: dict[str, Tensor] = {}
         result = {}
         for space in self.spaces:
-            block = torch.randperm(space.blocks, generator=generator)
+            block = law.shuffled(space.blocks, generator)
             if space.tie is not None:
                 block = of_tie.setdefault(space.tie, block)
             result[space.name] = law.shuffle(space, block, generator)

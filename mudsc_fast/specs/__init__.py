@@ -10,28 +10,37 @@ from typing import Any
 
 from torch import nn
 
-from mudsc_fast.spec import PermutationSpec
+from mudsc_fast.spec import PermutationSpec, shape_of
 from mudsc_fast.specs import mlp as _mlp
 from mudsc_fast.specs import resnet as _resnet
+from mudsc_fast.specs import vgg as _vgg
+from mudsc_fast.specs import vit as _vit
 from mudsc_fast.specs.family import Family
 
-_FAMILIES: tuple[Family, ...] = (_resnet.FAMILY, _mlp.FAMILY)  # in the order in which they are tried
+# The functions take the place of the modules of the same names.
+mlp, resnet, vgg, vit = _mlp.mlp, _resnet.resnet, _vgg.vgg, _vit.vit
 
-mlp, resnet = _mlp.mlp, _resnet.resnet
+_FAMILIES: tuple[Family, ...] = (_resnet.FAMILY, _vgg.FAMILY, _vit.FAMILY, _mlp.FAMILY)  # tried in this order
 
-__all__ = ["mlp", "resnet", "spec_for"]
+__all__ = ["mlp", "resnet", "spec_for", "vgg", "vit"]
 
 
-def spec_for(model: nn.Module | Mapping[str, Any]) -> PermutationSpec:
+def spec_for(
+    model: nn.Module | Mapping[str, Any], *, heads: int | None = None, groups: int | None = None
+) -> PermutationSpec:
     """The spec of a model of a known family, recognised from its module and tensor names and shapes.
 
-    model: a module, a state dict, or {name: shape}. ValueError says which names each family was looked for by.
+    model: a module, a state dict, or {name: shape}. heads, groups: attention heads and GroupNorm groups, which a state
+    dict alone does not tell. ValueError says which names each family was looked for by, or what is not told.
     """
     module = model if isinstance(model, nn.Module) else None
     state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
-    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in state.items()}
+    if not isinstance(state, Mapping):
+        raise TypeError(f"model: expected a module or a state dict, got {type(model).__name__}")
+    shapes = {name: shape_of(state[name]) for name in state}
+    hints = {name: value for name, value in (("heads", heads), ("groups", groups)) if value is not None}
     for family in _FAMILIES:
-        spec = family.recognise(shapes, module)
+        spec = family.recognise(shapes, module, hints)
         if spec is not None:
             return spec
     looked = "; ".join(f"{family.name}: {family.looks_for}" for family in _FAMILIES)

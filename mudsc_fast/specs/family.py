@@ -16,13 +16,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Family:
     """name: of the family. looks_for: the names and shapes by which it is recognised, for error messages.
 
-    recognise: (shapes of the state dict, the module or None) -> its spec, or None if it is another family; ValueError
-    if it is this family, but the spec needs to know more.
+    recognise: (shapes of the state dict, the module or None, hints such as {"heads": 12}) -> its spec, or None if it is
+    another family; ValueError if it is this family, but the spec needs to know more.
     """
 
     name: str
     looks_for: str
-    recognise: Callable[[Shapes, nn.Module | None], PermutationSpec | None]
+    recognise: Callable[[Shapes, nn.Module | None, Mapping[str, int]], PermutationSpec | None]
 
 
 def produced(names: Iterable[str], has: Callable[[str], bool]) -> list[Axis]:
@@ -35,6 +35,18 @@ def norm_axes(prefix: str, has: Callable[[str], bool]) -> list[Axis]:
     axes = produced((f"{prefix}.weight", f"{prefix}.bias"), has)
     statistics = (f"{prefix}.running_mean", f"{prefix}.running_var")
     return axes + [Axis(name, 0, "out", compare=False) for name in statistics if has(name)]
+
+
+def covers(spec: PermutationSpec, shapes: Shapes, outputs: Iterable[str]) -> bool:
+    """Does the spec fit the tensors and name all of them, but counters and the biases of the output layers?"""
+    free = {f"{name}.bias" for name in outputs}
+    if any(s and n not in spec.entries and n not in free for n, s in shapes.items()):
+        return False
+    try:
+        spec.check(shapes)
+    except ValueError:
+        return False
+    return True
 
 
 def norm_blocks(norms: Iterable[str], has: Callable[[str], bool], module: nn.Module | None, groups: int) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
-from mudsc_fast.specs.family import Family, Shapes, norm_axes, produced
+from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, produced
 
 
 def mlp(
@@ -54,7 +54,7 @@ def _stem(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def recognise(shapes: Shapes, module: nn.Module | None) -> PermutationSpec | None:
+def recognise(shapes: Shapes, module: nn.Module | None, hints: Mapping[str, int]) -> PermutationSpec | None:
     """A chain of at least two linear layers, the hidden ones alike but for a rising number, and their norms."""
     linear = [n.removesuffix(".weight") for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2]
     others = list(dict.fromkeys(n.rpartition(".")[0] for n in shapes if n.rpartition(".")[0] not in linear))
@@ -77,7 +77,8 @@ def recognise(shapes: Shapes, module: nn.Module | None) -> PermutationSpec | Non
         if sizes != {(widths[before],)}:
             return None
         norms[before] = name
-    return _build(widths, linear, norms, shapes.__contains__)
+    spec = _build(widths, linear, norms, shapes.__contains__)
+    return spec if covers(spec, shapes, linear[-1:]) else None
 
 
 FAMILY = Family(

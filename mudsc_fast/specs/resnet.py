@@ -7,13 +7,13 @@ one. The inner convolutions of a block are a space each. GroupNorm's groups are 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
-from mudsc_fast.specs.family import Family, Shapes, norm_axes, norm_blocks, produced
+from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, norm_blocks, produced
 
 _EXPANSION = {"basic": 1, "bottleneck": 4}
 
@@ -170,7 +170,7 @@ def _huggingface_names(shapes: Shapes) -> _Names | None:
     return _Names(stem_names, tuple(made), head.removesuffix(".weight")) if made else None
 
 
-def recognise(shapes: Shapes, module: nn.Module | None) -> PermutationSpec | None:
+def recognise(shapes: Shapes, module: nn.Module | None, hints: Mapping[str, int]) -> PermutationSpec | None:
     """A ResNet by its names, if every tensor is accounted for and no convolution is grouped."""
     names = _torchvision_names(shapes) or _huggingface_names(shapes)
     if names is None:
@@ -181,12 +181,9 @@ def recognise(shapes: Shapes, module: nn.Module | None) -> PermutationSpec | Non
     if any(n.rpartition(".")[0] not in known for n in shapes) or any(f"{c}.weight" not in shapes for c, _ in pairs):
         return None
     widths = {conv: shapes[f"{conv}.weight"][0] for conv, _ in pairs}
-    spec = _build(names, widths, shapes.__contains__, module, 0)
-    try:
-        spec.check(shapes)
-    except ValueError:  # a grouped convolution, a pre-activation block: another architecture under the same names
-        return None
-    return spec
+    spec = _build(names, widths, shapes.__contains__, module, hints.get("groups", 0))
+    # A grouped convolution or a pre-activation block is another architecture under the same names.
+    return spec if covers(spec, shapes, [names.head]) else None
 
 
 FAMILY = Family(

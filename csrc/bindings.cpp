@@ -26,7 +26,8 @@ namespace {
 // A tensor argument: takes any object with __dlpack__ and keeps its memory alive until the call ends.
 class TensorArg {
   public:
-    TensorArg(const py::handle& object, const char* name) : managed_(exported(object, name)), view_(managed_->tensor, name) {}
+    TensorArg(const py::handle& object, const char* name)
+        : managed_(exported(object, name)), view_(managed_->tensor, name) {}
     TensorArg(TensorArg&& other) noexcept : managed_(other.managed_), view_(other.view_) { other.managed_ = nullptr; }
     TensorArg(const TensorArg&) = delete;
     TensorArg& operator=(const TensorArg&) = delete;
@@ -43,8 +44,7 @@ class TensorArg {
                                  std::string(py::str(py::type::handle_of(object).attr("__name__"))));
         }
         py::object capsule = object.attr("__dlpack__")();
-        auto* managed =
-            static_cast<mudsc::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+        auto* managed = static_cast<mudsc::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
         if (managed == nullptr) throw py::error_already_set();
         PyCapsule_SetName(capsule.ptr(), "used_dltensor");
         return managed;
@@ -99,10 +99,12 @@ void check(Status status, const char* op) {
         case Status::ok: return;
         case Status::no_memory: PyErr_SetString(PyExc_MemoryError, op); throw py::error_already_set();
         case Status::interrupted: throw py::error_already_set();  // PyErr_CheckSignals has set it
-        case Status::not_finite: throw py::value_error(std::string(op) + ": expected finite values, got NaN or infinity");
+        case Status::not_finite:
+            throw py::value_error(std::string(op) + ": expected finite values, got NaN or infinity");
         case Status::not_symmetric: throw py::value_error("similarity: expected a symmetric matrix");
         case Status::infeasible: throw py::value_error(std::string(op) + ": no allowed pair is left");
-        case Status::not_converged: throw std::runtime_error(std::string(op) + ": the result could not be proven optimal");
+        case Status::not_converged:
+            throw std::runtime_error(std::string(op) + ": the result could not be proven optimal");
         case Status::unsupported: throw py::type_error(std::string(op) + ": unsupported dtype");
     }
 }
@@ -112,7 +114,8 @@ void check(Status status, const char* op) {
 mudsc::RegroupArgs regroup_args(const TensorView& in, const TensorView& out, int dim, int threads) {
     require(in.ndim == out.ndim && in.ndim > 0 && dim >= 0 && dim < in.ndim, "regroup: in, out and dim disagree");
     require(in.dtype == out.dtype && in.element_bytes == out.element_bytes, "regroup: in and out differ in dtype");
-    for (int d = 0; d < in.ndim; ++d) require(d == dim || in.shape[d] == out.shape[d], "regroup: in and out differ in shape");
+    for (int d = 0; d < in.ndim; ++d)
+        require(d == dim || in.shape[d] == out.shape[d], "regroup: in and out differ in shape");
     mudsc::RegroupArgs a{};
     a.dtype = in.dtype;
     a.element_bytes = in.element_bytes;
@@ -163,14 +166,16 @@ void regroup_cuda(const py::object& in_obj, const py::object& out_obj, int dim, 
     require(in->cuda && out->cuda && ptr->cuda && members->cuda, "regroup: expected CUDA tensors");
     require(out->device == in->device && ptr->device == in->device && members->device == in->device,
             "regroup: tensors are on different devices");
-    require(ptr->dtype == Dtype::i64 && ptr->ndim == 1 && ptr->shape[0] == out->shape[dim] + 1, "ptr: wrong dtype or length");
+    require(ptr->dtype == Dtype::i64 && ptr->ndim == 1 && ptr->shape[0] == out->shape[dim] + 1,
+            "ptr: wrong dtype or length");
     require(members->dtype == Dtype::i64 && members->ndim == 1, "members: wrong dtype or shape");
     a.ptr = ptr->as<int64_t>();
     a.members = members->as<int64_t>();
     std::optional<TensorArg> scale;
     if (scale_obj) {
         scale.emplace(*scale_obj, "scale");
-        require((*scale)->cuda && (*scale)->dtype == Dtype::f64 && (*scale)->numel() == out->shape[dim], "scale: wrong dtype or length");
+        require((*scale)->cuda && (*scale)->dtype == Dtype::f64 && (*scale)->numel() == out->shape[dim],
+                "scale: wrong dtype or length");
         a.scale = (*scale)->as<double>();
     }
     std::string error;
@@ -185,9 +190,10 @@ void regroup_cuda(const py::object& in_obj, const py::object& out_obj, int dim, 
 // ---- zip ----
 
 // Returns (total, merges made); the owner of each unit and the budgets left are written in place.
-std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::object& units_obj, const py::object& model_obj,
-                               int64_t merges, double attenuation, const py::object& budget_obj,
-                               const py::object& block_budget_obj, const py::object& owner_obj, int threads) {
+std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::object& units_obj,
+                               const py::object& model_obj, int64_t merges, double attenuation,
+                               const py::object& budget_obj, const py::object& block_budget_obj,
+                               const py::object& owner_obj, int threads) {
     TensorArg similarity(similarity_obj, "similarity"), units(units_obj, "units"), model(model_obj, "model_of"),
         budget(budget_obj, "budget"), block_budget(block_budget_obj, "block_budget"), owner(owner_obj, "owner");
     require(!similarity->cuda && similarity->ndim == 2, "similarity: expected a CPU matrix");
@@ -200,7 +206,8 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     a.n = units->shape[0];
     a.units = vector_of<int64_t>(units, Dtype::i64, a.n, "units");
     for (int64_t i = 0; i < a.n; ++i) {
-        require(a.units[i] >= 0 && a.units[i] < similarity->shape[0] && a.units[i] < similarity->shape[1], "units: out of range");
+        require(a.units[i] >= 0 && a.units[i] < similarity->shape[0] && a.units[i] < similarity->shape[1],
+                "units: out of range");
     }
     require(budget->ndim == 1, "budget: expected a vector");
     a.models = static_cast<int>(budget->shape[0]);
@@ -257,8 +264,9 @@ PYBIND11_MODULE(_core, m) {
     m.attr("__version__") = MUDSC_FAST_VERSION;
     m.def("build_info", &build_info);
     m.def("isa", [] { return mudsc::kernels().isa; }, "The instruction set in use.");
-    m.def("use_isa", [](const std::optional<std::string>& name) { mudsc::use_isa(name ? name->c_str() : nullptr); },
-          py::arg("name"), "Switches the instruction set; None chooses again.");
+    m.def(
+        "use_isa", [](const std::optional<std::string>& name) { mudsc::use_isa(name ? name->c_str() : nullptr); },
+        py::arg("name"), "Switches the instruction set; None chooses again.");
     m.def("regroup", &regroup, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"), py::arg("members"),
           py::arg("scale"), py::arg("threads"));
     m.def("zip", &zip, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),

@@ -80,10 +80,15 @@ struct TensorView {
     static Dtype dtype_of(uint8_t code, uint8_t bits) {
         using namespace dlpack;
         switch (code) {
-            case kFloat: return bits == 64 ? Dtype::f64 : bits == 32 ? Dtype::f32 : bits == 16 ? Dtype::f16 : Dtype::other;
+            case kFloat:
+                return bits == 64 ? Dtype::f64 : bits == 32 ? Dtype::f32 : bits == 16 ? Dtype::f16 : Dtype::other;
             case kBfloat: return bits == 16 ? Dtype::bf16 : Dtype::other;
             case kInt:
-                return bits == 64 ? Dtype::i64 : bits == 32 ? Dtype::i32 : bits == 16 ? Dtype::i16 : bits == 8 ? Dtype::i8 : Dtype::other;
+                return bits == 64   ? Dtype::i64
+                       : bits == 32 ? Dtype::i32
+                       : bits == 16 ? Dtype::i16
+                       : bits == 8  ? Dtype::i8
+                                    : Dtype::other;
             case kUInt: return bits == 8 ? Dtype::u8 : Dtype::other;
             case kBool: return Dtype::boolean;
             default: return Dtype::other;

@@ -11,9 +11,9 @@
 namespace mudsc {
 
 // The build names the instruction sets: MUDSC_FAST_ISAS is to X(baseline) X(avx2) ...
-#define X(isa)                       \
-    namespace isa {                  \
-    const KernelTable& table();      \
+#define X(isa)                  \
+    namespace isa {             \
+    const KernelTable& table(); \
     }
 MUDSC_FAST_ISAS
 #undef X
@@ -54,7 +54,8 @@ const KernelTable* find(const char* name) {
     std::string known;
     for (const Entry& entry : entries) {
         if (strcmp(entry.name, name) == 0) {
-            if (!cpu_runs(name)) throw std::runtime_error("instruction set '" + std::string(name) + "' cannot run on this CPU");
+            if (!cpu_runs(name))
+                throw std::runtime_error("instruction set '" + std::string(name) + "' cannot run on this CPU");
             return &entry.table();
         }
         known += (known.empty() ? "" : ", ") + std::string(entry.name);

@@ -13,14 +13,14 @@ constexpr int kMaxDims = 12;
 
 // regroup: out[.., j, ..] = scale[j] * sum over p in members[ptr[j] .. ptr[j + 1]) of in[.., p, ..]
 struct RegroupArgs {
-    Dtype dtype;         // sums: f64, f32, f16, bf16; gathers (every unit has at most one member, no scale): any
-    int element_bytes;   // 1, 2, 4, 8 or 16
-    int ndim;            // of in and out, at most kMaxDims
-    int dim;             // the unit axis
-    const int64_t* shape;        // [ndim], of out
-    const void* in;              // shape but for the unit axis
-    const int64_t* in_strides;   // [ndim]
-    void* out;                   // no two elements at one address
+    Dtype dtype;                // sums: f64, f32, f16, bf16; gathers (every unit has at most one member, no scale): any
+    int element_bytes;          // 1, 2, 4, 8 or 16
+    int ndim;                   // of in and out, at most kMaxDims
+    int dim;                    // the unit axis
+    const int64_t* shape;       // [ndim], of out
+    const void* in;             // shape but for the unit axis
+    const int64_t* in_strides;  // [ndim]
+    void* out;                  // no two elements at one address
     const int64_t* out_strides;  // [ndim]
     const int64_t* ptr;          // [shape[dim] + 1]
     const int64_t* members;      // [ptr[shape[dim]]], positions on in's unit axis
@@ -30,20 +30,20 @@ struct RegroupArgs {
 
 // zip: greedy agglomeration of units (docs/method.md rules 5 and 7). Works on units[0..n) of a square similarity.
 struct ZipArgs {
-    Dtype dtype;                // f32 or f64
-    const void* similarity;     // symmetric
+    Dtype dtype;             // f32 or f64
+    const void* similarity;  // symmetric
     int64_t row_stride, col_stride;
-    const int64_t* units;       // [n] rows of the similarity, in the order that breaks ties
-    const int32_t* model_of;    // [n]
+    const int64_t* units;     // [n] rows of the similarity, in the order that breaks ties
+    const int32_t* model_of;  // [n]
     int64_t n;
     int models;
-    int64_t merges;             // how many to make
+    int64_t merges;  // how many to make
     double attenuation;
-    int64_t* budget;            // [models] merges left inside each model; lowered as they are spent
-    int64_t* block_budget;      // [models] the same for these units alone
-    int64_t* owner;             // [n] out: the unit (index below n) that each joined; a survivor is its own
-    double* total;              // out: sum of the entries taken
-    int64_t* made;              // out: merges made, fewer than asked when infeasible
+    int64_t* budget;        // [models] merges left inside each model; lowered as they are spent
+    int64_t* block_budget;  // [models] the same for these units alone
+    int64_t* owner;         // [n] out: the unit (index below n) that each joined; a survivor is its own
+    double* total;          // out: sum of the entries taken
+    int64_t* made;          // out: merges made, fewer than asked when infeasible
     int threads;
     Poll poll;
 };
@@ -58,8 +58,8 @@ struct KernelTable {
 // Throws std::invalid_argument for an unknown name and std::runtime_error for one that this CPU cannot run.
 const KernelTable& kernels();
 
-void use_isa(const char* name);   // nullptr: choose again
-int isa_count();                  // instruction sets built, best last
+void use_isa(const char* name);  // nullptr: choose again
+int isa_count();                 // instruction sets built, best last
 const char* isa_name(int index);
 bool isa_usable(int index);
 

@@ -20,7 +20,7 @@ struct Params {
     const double* scale;     // [units] or null
     int64_t vectors;         // output vectors to write
     int64_t units, unit_in, unit_out;
-    int n;                   // other axes, innermost last; the innermost counts in vectors
+    int n;  // other axes, innermost last; the innermost counts in vectors
     int64_t shape[kMaxDims], in_strides[kMaxDims], out_strides[kMaxDims];
 };
 
@@ -121,7 +121,8 @@ bool layout(const RegroupArgs& a, int lanes, Params* p) {
     for (int d = 0; d < p->n; ++d) p->vectors *= p->shape[d];
     if (lanes == 1) return true;
     const int inner = p->n - 1;
-    if (inner < 0 || p->in_strides[inner] != 1 || p->out_strides[inner] != 1 || p->shape[inner] % lanes != 0) return false;
+    if (inner < 0 || p->in_strides[inner] != 1 || p->out_strides[inner] != 1 || p->shape[inner] % lanes != 0)
+        return false;
     const uintptr_t bytes = static_cast<uintptr_t>(lanes) * static_cast<uintptr_t>(a.element_bytes);
     if (reinterpret_cast<uintptr_t>(a.in) % bytes != 0 || reinterpret_cast<uintptr_t>(a.out) % bytes != 0) return false;
     if (p->unit_in % lanes != 0 || p->unit_out % lanes != 0) return false;
@@ -173,8 +174,8 @@ void launch_sum(const RegroupArgs& a, int sms, cudaStream_t stream) {
 
 }  // namespace
 
-// Every unit with at most one member and no scale is the caller's promise when the dtype is not one of the four that can
-// be summed; for those the sum of one member is that member.
+// Every unit with at most one member and no scale is the caller's promise when the dtype is not one of the four that
+// can be summed; for those the sum of one member is that member.
 std::string regroup(const RegroupArgs& a, int device, void* stream_ptr) {
     for (int d = 0; d < a.ndim; ++d) {
         if (a.shape[d] == 0) return {};

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTaskBytes = 256 << 10;
 constexpr int64_t kStreamFromBytes = 8 << 20;  // results beyond this would not stay in a core's cache anyway
-constexpr int64_t kRun = 512;                  // elements summed in registers and L1 before they are converted and stored
+constexpr int64_t kRun = 512;  // elements summed in registers and L1 before they are converted and stored
 
 // The other axes, sorted so that the last is walked innermost, with neighbours merged where strides allow.
 struct Layout {
@@ -104,7 +104,6 @@ void fence() {
     _mm_sfence();
 #endif
 }
-
 
 // One task: units [j0, j1) at one outer index, for element type T, which is only moved.
 template <typename T>
@@ -233,7 +232,8 @@ void run(const RegroupArgs& a, const Layout& l) {
     const int64_t outers_a_task = cuts > 1 ? 1 : max64(1, kTaskBytes / (bytes_a_unit * max64(1, l.units)));
     parallel_each(a.threads, ceil_div(l.outer, outers_a_task) * cuts, [&](int64_t task, int) {
         const int64_t o0 = task / cuts * outers_a_task, j0 = task % cuts * units_a_task;
-        for (int64_t o = o0; o < min64(o0 + outers_a_task, l.outer); ++o) work(o, j0, min64(j0 + units_a_task, l.units));
+        for (int64_t o = o0; o < min64(o0 + outers_a_task, l.outer); ++o)
+            work(o, j0, min64(j0 + units_a_task, l.units));
         if (stream) fence();
     });
 }

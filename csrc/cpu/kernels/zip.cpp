@@ -1,6 +1,11 @@
-// Greedy zip in O(n^2): every row keeps its best partner to the right, so a merge costs one row, one column and a scan of
-// the rows' maxima. Rows whose best partner went away are only marked: their old maximum stays as an upper bound, and
-// they are searched again when that bound comes out on top.
+// Greedy zip in O(n^2): every row keeps its best partner to the right, so a merge costs one row, one column and a scan
+// of the rows' maxima. Rows whose best partner went away are only marked: their old maximum stays as an upper bound,
+// and they are searched again when that bound comes out on top.
+//
+// The column is the expensive part: n writes, each to a cache line of its own. It is not written. A row takes over the
+// columns that have changed only when it is needed, which for most rows is once. To make that a walk over whole cache
+// lines, the merged rows of every 16 merges are transposed into a panel, and the panel is kept in the 16 rows that
+// those merges freed, so that the working copy stays all the memory there is.
 #include <math.h>
 
 #include "cpu/common.h"
@@ -12,8 +17,10 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 64;
-constexpr int64_t kChunk = 256;                // positions searched again for the place of a maximum
-constexpr double kSymmetryTolerance = 1e-4;    // of the largest magnitude: more is not rounding
+constexpr int64_t kPanel = 16;               // merges a panel
+constexpr int64_t kAhead = 8;                // panels fetched ahead: each holds one line for a row
+constexpr int64_t kChunk = 256;              // positions searched again for the place of a maximum
+constexpr double kSymmetryTolerance = 1e-4;  // of the largest magnitude: more is not rounding
 
 // The largest of row[k] + bar[k] over k in [from, n) and its first place; -inf and -1 when nothing is allowed.
 template <typename T>
@@ -55,11 +62,12 @@ T first_max(const T* row, const T* bar, int64_t from, int64_t n, int64_t* place)
 template <typename T>
 class Zipper {
   public:
-    explicit Zipper(const ZipArgs& args) : a(args), n(args.n), ld(ceil_div(args.n, kLanes) * kLanes) {}
+    explicit Zipper(const ZipArgs& args) : a(args), n(args.n), ld((ceil_div(args.n, kPanel) | 1) * kPanel) {}
 
     Status run() {
-        if (!(w.allocate(n * ld) && gone.allocate(n) && best.allocate(n) && partner.allocate(n) &&
-              stale.allocate(n) && model.allocate(n) && alive.allocate(n) && none.allocate(n))) {
+        if (!(w.allocate(n * ld) && gone.allocate(n) && best.allocate(n) && partner.allocate(n) && stale.allocate(n) &&
+              model.allocate(n) && none.allocate(n) && seen.allocate(n) && survivor.allocate(a.merges) &&
+              loser.allocate(a.merges))) {
             return Status::no_memory;
         }
         const Status loaded = load();
@@ -131,7 +139,8 @@ class Zipper {
         }
         parallel_each(a.threads, bands, [&](int64_t band, int) { difference[band] = mirror(band); });
         for (int64_t b = 0; b < bands; ++b) {
-            if (static_cast<double>(difference[b]) > kSymmetryTolerance * static_cast<double>(most)) return Status::not_symmetric;
+            if (static_cast<double>(difference[b]) > kSymmetryTolerance * static_cast<double>(most))
+                return Status::not_symmetric;
         }
         return Status::ok;
     }
@@ -158,11 +167,10 @@ class Zipper {
         for (int64_t i = 0; i < n; ++i) {
             a.owner[i] = i;
             model[i] = a.model_of[i];
-            alive[i] = static_cast<int32_t>(i);
+            seen[i] = 0;
             none[i] = gone[i] = 0;
             stale[i] = 0;
         }
-        n_alive = n;
         for (int m = 0; m < a.models; ++m) {
             if (spent(m)) bar_pairs_inside(m);
         }
@@ -174,6 +182,7 @@ class Zipper {
     bool spent(int m) const { return a.budget[m] <= 0 || a.block_budget[m] <= 0; }
 
     void search(int64_t i) {
+        pull(i);
         best[i] = first_max(row(i), gone.get(), i + 1, n, &partner[i]);
         stale[i] = 0;
     }
@@ -190,6 +199,8 @@ class Zipper {
     }
 
     void merge(int64_t i, int64_t j) {
+        pull(i);
+        pull(j);
         a.owner[j] = i;
         remove(j);
         if (model[i] == model[j]) spend(model[i]);
@@ -202,18 +213,53 @@ class Zipper {
         const T* other = row(j);
         const T by = static_cast<T>(a.attenuation);
         for (int64_t k = 0; k < n; ++k) to[k] = (other[k] < to[k] ? other[k] : to[k]) * by;
-        int64_t at = 0;
-        for (; at < n_alive && alive[at] < i; ++at) {
-            const int64_t k = alive[at];
-            row(k)[i] = to[k];
-            changed(k, i, j, to[k]);
+        record(i, j);
+        for (int64_t k = 0; k < i; ++k) {
+            if (gone[k] == 0) changed(k, i, j, to[k]);
         }
-        for (; at < n_alive; ++at) {
-            const int64_t k = alive[at];
-            row(k)[i] = to[k];
-            stale[k] |= partner[k] == j;
-        }
+        for (int64_t k = i; k < j; ++k) stale[k] |= partner[k] == j;
         search(i);
+    }
+
+    // Notes that row i is new and row j free; every kPanel-th time the new rows are transposed into the free ones.
+    void record(int64_t i, int64_t j) {
+        survivor[events] = static_cast<int32_t>(i);
+        loser[events] = static_cast<int32_t>(j);
+        seen[i] = static_cast<int32_t>(++events);
+        if (events % kPanel != 0) return;
+        const int64_t first = events - kPanel;
+        const T* from[kPanel];
+        for (int64_t q = 0; q < kPanel; ++q) {
+            // A survivor that has been merged away since is in no allowed pair; its row may be one of those written
+            // here.
+            const int64_t unit = survivor[first + q];
+            from[q] = gone[unit] == 0 ? row(unit) : none.get();
+        }
+        for (int64_t k = 0; k < n; ++k) {
+            T* line = panel(first / kPanel, k);
+            for (int64_t q = 0; q < kPanel; ++q) line[q] = from[q][k];
+        }
+    }
+
+    // Where panel p keeps the entries of row k in its kPanel columns.
+    T* panel(int64_t p, int64_t k) const {
+        const int64_t rows_a_slot = ceil_div(n, kPanel);
+        return row(loser[p * kPanel + k / rows_a_slot]) + k % rows_a_slot * kPanel;
+    }
+
+    // Takes over, in their order, the columns that were merged since row k last looked.
+    void pull(int64_t k) {
+        T* to = row(k);
+        const int64_t in_panels = events / kPanel * kPanel;
+        int64_t e = seen[k];
+        while (e < in_panels) {
+            const int64_t p = e / kPanel, end = (p + 1) * kPanel;
+            if (end + kAhead * kPanel <= in_panels) __builtin_prefetch(panel(p + kAhead, k));
+            const T* line = panel(p, k) - p * kPanel;
+            for (; e < end; ++e) to[survivor[e]] = line[e];
+        }
+        for (; e < events; ++e) to[survivor[e]] = row(survivor[e])[k];
+        seen[k] = static_cast<int32_t>(events);
     }
 
     // Row k < i after its entry at i became x and j went away. Its recorded maximum is exact, or a bound if stale.
@@ -233,12 +279,6 @@ class Zipper {
         gone[unit] = kNone;
         best[unit] = kNone;
         stale[unit] = 0;
-        for (int64_t at = 0; at < n_alive; ++at) {
-            if (alive[at] != unit) continue;
-            memmove(&alive[at], &alive[at + 1], static_cast<size_t>(n_alive - at - 1) * sizeof(int32_t));
-            --n_alive;
-            break;
-        }
     }
 
     void spend(int m) {
@@ -251,25 +291,30 @@ class Zipper {
         }
     }
 
-    // Written into the matrix, because a barred entry also bars what it is merged with (rule 5's minimum).
+    // Written into the matrix, because a barred entry also bars what it is merged with (rule 5's minimum). The rows are
+    // brought up to date first, so that nothing recorded earlier is pulled over it.
     void bar_pairs_inside(int m) {
         for (int64_t i = 0; i < n; ++i) {
-            if (model[i] != m) continue;
+            if (model[i] != m || gone[i] != 0) continue;
+            pull(i);
             T* entries = row(i);
             for (int64_t k = 0; k < n; ++k) entries[k] = model[k] == m ? kNone : entries[k];
         }
     }
 
     const ZipArgs& a;
-    const int64_t n, ld;
-    int64_t n_alive = 0;
+    const int64_t n;
+    const int64_t ld;    // an odd number of cache lines: entries of one column do not share cache sets
+    int64_t events = 0;  // merges recorded
     Buffer<T> w;         // [n, ld] the working similarity; its diagonal is never looked at
     Buffer<T> gone;      // [n] added to a row's entries: -inf for units that take part in no further pair, else 0
     Buffer<T> best;      // [n] the row's largest entry to the right of the diagonal
     Buffer<int64_t> partner;
     Buffer<uint8_t> stale;
-    Buffer<int32_t> model, alive;
-    Buffer<T> none;      // [n] zeros
+    Buffer<int32_t> model;
+    Buffer<int32_t> seen;             // [n] the merges whose columns a row has taken over
+    Buffer<int32_t> survivor, loser;  // [merges] by event
+    Buffer<T> none;                   // [n] zeros
 };
 
 }  // namespace

@@ -77,7 +77,7 @@ def regroup_cases() -> Iterator[Case]:
         if labels is None:
             raise ValueError(f"{case}: expected every unit to have a label")
         width = matrix.shape[1]
-        scale = models / torch.bincount(labels.flatten(), minlength=width)
+        scale = models / torch.bincount(labels.flatten(), minlength=width).double()
         for m in range(models):
             inputs = {
                 "tensor": tensor("v_weight_correlation", f"{case}_permin{m}"),

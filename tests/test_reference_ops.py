@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,16 @@ def symmetric(units: int, seed: int) -> Tensor:
 def numpy_correlation(stacked: Tensor) -> Tensor:
     """Correlation of the columns of (samples, units)."""
     return torch.from_numpy(np.corrcoef(stacked.double().numpy().T))
+
+
+def test_the_reference_imports_nothing_else_of_the_package() -> None:
+    for path in Path(ref.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, path.name
+                assert node.level == 1 or "mudsc_fast" not in (node.module or ""), path.name
+            elif isinstance(node, ast.Import):
+                assert not any("mudsc_fast" in alias.name for alias in node.names), path.name
 
 
 # Covariance

@@ -67,6 +67,25 @@ def test_covariance_equals_numpy_for_any_split_layout_and_merge() -> None:
     torch.testing.assert_close(cross.correlation()[1], expected[:5, 10:], rtol=0, atol=TOLERANCE["exact"])
 
 
+def test_covariance_all_reduce_pools_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(13)
+    parts = [[torch.randn(9, 3, dtype=torch.float64) + 5 for _ in range(2)] for _ in range(2)]
+    ranks = [ref.Covariance(3, 2) for _ in parts]
+    for covariance, part in zip(ranks, parts, strict=True):
+        covariance.update(part)
+    states = [covariance.state_dict() for covariance in ranks]
+
+    def gather(gathered: list[Any], state: Any, group: Any = None) -> None:
+        gathered[:] = states
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    ranks[1].all_reduce()
+    assert ranks[1].count == 18
+    expected = numpy_correlation(torch.cat([torch.cat(model) for model in zip(*parts, strict=True)], dim=1))
+    torch.testing.assert_close(ranks[1].correlation(), expected, rtol=0, atol=TOLERANCE["exact"])
+
+
 def test_covariance_one_sample_and_width_one() -> None:
     covariance = ref.Covariance(1, 2)
     covariance.update([torch.ones(1, 1), torch.ones(1, 1)])
@@ -140,6 +159,32 @@ def test_corrected_the_guard_is_relative_for_weights() -> None:
 def test_covariance_refuses(features: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ref.Covariance(3, 2).update(features)
+
+
+def test_covariance_refuses_another_kind() -> None:
+    with pytest.raises(ValueError, match="other"):
+        ref.Covariance(3).merge(ref.Covariance(3, scope="cross"))
+    with pytest.raises(ValueError, match="scope"):
+        ref.Covariance(3, scope="half")
+    with pytest.raises(ValueError, match="models"):
+        ref.Covariance(3, models=1)
+
+
+def test_weight_similarity_refuses_terms_that_do_not_fit() -> None:
+    x = torch.randn(4, 5)
+    for terms, message in (
+        ([], "at least one"),
+        ([[x, x[:, :3]]], r"terms\[0\]"),
+        ([[x, x], [x]], r"terms\[1\]"),
+        ([[ref.Term(x, 0, {0: torch.arange(4)})] * 2], "named twice"),
+        ([[ref.Term(x, 0, None, torch.ones(5))] * 2], "bare tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ref.weight_similarity(terms)
+    with pytest.raises(TypeError, match="floating"):
+        ref.weight_similarity([[x.int(), x.int()]])
+    with pytest.raises(ValueError, match="scope"):
+        ref.weight_similarity([[x, x]], scope="half")
 
 
 def test_covariance_refuses_no_samples_and_integers() -> None:

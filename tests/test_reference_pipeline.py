@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -318,6 +319,22 @@ def test_zip_to_another_width_lays_fused_axes_out_anew() -> None:
         members = [(k, i) for k in range(2) for i in range(12) if int(found[k, i]) == j]
         mean = sum(states[k]["qkv.bias"][24 + i] for k, i in members) / len(members)
         assert float(merged["qkv.bias"][24 + j]) == pytest.approx(float(mean), abs=TOLERANCE["exact"])
+
+
+def test_flattened_dims_can_shrink_unless_a_pick_shares_them() -> None:
+    spec, states = odd_spec(), [odd_tensors(k) for k in range(2)]
+    labels = random_labels(spec, 2, 8)
+    experts = labels["experts"].reshape(2, 2, 3)
+    labels["experts"] = (experts // 3 * 2 + experts % 3 % 2).reshape(2, 6)
+    down = {name: spec[name] for name in ("a", "b", "still")}
+    only_down = PermutationSpec((*down.values(), replace(spec["experts"], axes=spec["experts"].axes[2:])))
+    merged = ref.MergePlan(only_down, labels, "zip").merge(states)["down"]
+    expected = torch.zeros(4, 5, dtype=torch.float64)
+    for k in range(2):
+        expected.index_add_(0, labels["experts"][k], states[k]["down"].flatten(0, 1) / 2)
+    torch.testing.assert_close(merged, expected.reshape(2, 2, 5), rtol=0, atol=TOLERANCE["exact"])
+    with pytest.raises(ValueError, match="cannot change their width"):
+        ref.MergePlan(spec, labels, "zip").merge(states)
 
 
 # Corrected

@@ -324,7 +324,7 @@ def _localise(spread: _Spread, piece: Piece, member: Member, maps: Sequence[Tens
     each = flat.shape[0] // blocks
     local = torch.arange(blocks).repeat_interleave(each) * inner + maps[m] % inner
     total = len(maps)
-    if sorted(local.tolist()) == list(range(flat.shape[0])) and inner == each:
+    if inner == each and torch.equal(local.sort().values, torch.arange(flat.shape[0])):
         flat = flat.index_select(0, torch.argsort(local).to(flat.device))
     else:
         wide = flat.to(torch.promote_types(flat.dtype, torch.float32))

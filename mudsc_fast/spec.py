@@ -303,7 +303,9 @@ class PermutationSpec:
                 least[dims[0]] = max(least.get(dims[0], 0), sum(axis.part))
                 continue
             view = axis.view or (space.width,)
-            if len(dims) == len(view):
+            if len(dims) == 1:
+                told = {dims[0]: prod(view)}
+            elif len(dims) == len(view):
                 told = dict(zip(dims, view, strict=True))
             else:
                 unknown = [d for d in dims if d not in sizes]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast.axes import Columns, axis_labels, columns, rows, split_blocks, take
+from mudsc_fast.reference.weights import row_matrices
 from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
 
 D, KV, GROUP, HD, EXPERTS, HIDDEN = 12, 3, 2, 4, 3, 5
@@ -359,3 +360,66 @@ def test_width_one_has_a_row() -> None:
     spec = PermutationSpec((Space("one", 1, (Axis("w", 0, "out"),)), Space("b", 4, (Axis("w", 1, "in"),))))
     (seen,) = columns(spec, "one", spec["one"].axes[0], [torch.randn(1, 4)], {"b": torch.tensor([[0, 1, 2, 3]])})
     assert matrix(seen).shape == (1, 4)
+
+
+def fused_spec() -> PermutationSpec:
+    """Fused qkv, its pick inside the blocks (heads, 3, dims), a part of a concatenation, two spaces of a product."""
+    heads, size = 3, 4
+    view = (heads, 3, size)
+
+    def fused(which: int) -> Axis:
+        return Axis("qkv", 0, "out", view, (0, 2), (1, which))
+
+    return PermutationSpec(
+        (
+            Space("residual", 5, (Axis("qkv", 1, "in"), Axis("o", 0, "out"), Axis("cat", 1, "in"))),
+            Space("qk", 12, (fused(0), fused(1)), blocks=heads, tie="t"),
+            Space("v", 12, (fused(2), Axis("o", 1, "in")), blocks=heads, tie="t"),
+            Space("a", 2, (Axis("cat", 0, "in", (2, 3), 0, part=(4, 6)), Axis("cat", 2, "out", (3, 2), 1, (0, 1)))),
+            Space("b", 3, (Axis("cat", 0, "in", (2, 3), 1, part=(4, 6)),)),
+            Space("c", 4, (Axis("cat", 0, "in", part=(0, 4)),)),
+            Space("one", 1, (Axis("single", 0, "out"),)),
+            Space("d", 2, (Axis("single", 1, "out", (2, 3), 0),)),
+        )
+    )
+
+
+FUSED_SHAPES = {"qkv": (36, 5), "o": (5, 12), "cat": (11, 5, 6), "single": (1, 6)}
+
+
+def zip_labels(spec: PermutationSpec, models: int, seed: int) -> dict[str, Tensor]:
+    """Random labels of one width a space that keep blocks and ties; every merged unit has a member somewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    perms = [spec.random_permutation(seed + m) for m in range(models)]
+    labels = {}
+    for space in spec:
+        each = space.width // space.blocks
+        rows_of = []
+        for m in range(models):
+            block = perms[m][space.name][::each] // each
+            inner = torch.randint(each, (space.blocks, each), generator=generator)
+            if m == 0:
+                inner = torch.arange(each).expand(space.blocks, each)
+            rows_of.append((block[:, None] * each + inner).reshape(-1))
+        labels[space.name] = torch.stack(rows_of)
+    return labels
+
+
+@pytest.mark.parametrize("unmatched", [(), ("residual",), ("query", "value", "qk")])
+@pytest.mark.parametrize("fused", [False, True])
+def test_columns_agree_with_the_reference(unmatched: tuple[str, ...], fused: bool) -> None:
+    """Products of rows do not depend on the order of columns, which the two are free to choose."""
+    torch.manual_seed(1)
+    if fused:
+        spec = fused_spec()
+        models = [{n: torch.randn(s, dtype=torch.float64) for n, s in FUSED_SHAPES.items()} for _ in range(3)]
+    else:
+        spec = grouped_query_spec()
+        models = [GroupedQuery().double().state_dict() for _ in range(3)]
+    labels = {n: x for n, x in zip_labels(spec, 3, 4).items() if n not in unmatched}
+    for space in spec:
+        for axis in space.axes:
+            tensors = [m[axis.tensor] for m in models]
+            found = torch.cat([matrix(c) for c in columns(spec, space.name, axis, tensors, labels)])
+            expected = torch.cat(row_matrices(spec, space, axis, tensors, labels))
+            assert torch.allclose(found @ found.T, expected @ expected.T, rtol=1e-12, atol=1e-12), (space.name, axis)

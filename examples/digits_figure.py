@@ -1,7 +1,8 @@
-"""The demo's picture: how every way of merging did, and one space's similarity before and after its units were matched."""
+"""The demo's picture: how every way of merging did, and one space's similarity before and after matching."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Row:
 
 
 def draw(rows: Sequence[Row], before: Tensor, after: Tensor, space: str, path: Path) -> None:
-    """Writes the PNG. `before` and `after` are (units, units) similarities: rows of the first parent, columns of the second."""
+    """Writes the PNG. `before` and `after` are (units, units) similarities: row i is unit i of parent A."""
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK})
     figure = plt.figure(figsize=(12.4, 5.0), dpi=110, facecolor="white")
     bars = figure.add_axes((0.155, 0.115, 0.365, 0.765))
@@ -48,9 +49,9 @@ def draw(rows: Sequence[Row], before: Tensor, after: Tensor, space: str, path: P
     scale.outline.set_visible(False)  # type: ignore[operator]
     scale.ax.tick_params(length=0, labelsize=8, colors=QUIET, pad=2)
     figure.text(0.575, 0.925, "What matching does to the units", fontsize=12.5, fontweight="bold")
-    diagonals = [float(similarity.diagonal().mean()) for similarity in (before, after)]
+    means = [float(similarity.diagonal().mean()) for similarity in (before, after)]
     figure.text(
-        0.575, 0.2, f"correlation of activations in space {space}; mean of the diagonal {diagonals[0]:.2f} → {diagonals[1]:.2f}",
+        0.575, 0.2, f"correlation of activations, space {space}; mean of the diagonal {means[0]:.2f} → {means[1]:.2f}",
         fontsize=9, color=QUIET,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def _comparison(axes: Axes, rows: Sequence[Row]) -> None:
     """Bars for the joint accuracy, a ring for the mean of the tasks, the best merge in bold."""
     best = max((row.joint for row in rows if row.kind != "parent"), default=0.0)
     gaps = [0.0]
-    for last, row in zip(rows, rows[1:], strict=False):
+    for last, row in itertools.pairwise(rows):
         gaps.append(gaps[-1] + (1.0 if row.kind == last.kind else 1.45))
     for place, row in zip(gaps, rows, strict=True):
         colour = COLOURS[row.kind]
@@ -82,4 +83,6 @@ def _comparison(axes: Axes, rows: Sequence[Row]) -> None:
     axes.tick_params(axis="x", length=0, labelsize=9, colors=QUIET)
     axes.xaxis.grid(True, color=RULE, lw=0.8, zorder=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("test accuracy, %     bar: all ten digits at once     ○: mean of the two tasks", fontsize=9, color=QUIET)
+    axes.set_xlabel(
+        "test accuracy, %     bar: all ten digits at once     ○: mean of the two tasks", fontsize=9, color=QUIET
+    )

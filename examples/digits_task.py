@@ -53,7 +53,9 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[:, :, down : down + 8, right : right + 8]
 
 
-def train(model: nn.Module, digits: Digits, classes: Sequence[int], vectors: Tensor, epochs: int, seed: int) -> nn.Module:
+def train(
+    model: nn.Module, digits: Digits, classes: Sequence[int], vectors: Tensor, epochs: int, seed: int
+) -> nn.Module:
     """Trains `model` on the images of `classes` alone, to point at its classes' vectors. Returns it in eval mode."""
     mine = torch.isin(digits.train_labels, torch.tensor(classes))
     images, targets = digits.train_images[mine], digits.train_labels[mine] - classes[0]
@@ -103,5 +105,5 @@ def accuracy(network: Callable[[Tensor], Tensor], digits: Digits, vectors: Tenso
 
 
 def ensemble(models: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """The mean of the models' unit-length features, which is the mean of their logits: as many networks to run as models."""
+    """The mean of the models' unit-length features, and so of their logits: as many networks to run as models."""
     return lambda images: torch.stack([functional.normalize(model(images), dim=1) for model in models]).mean(0)

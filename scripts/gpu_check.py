@@ -1,4 +1,4 @@
-"""Ends with status 0 and the GPU's name when torch can use a GPU; otherwise says what is missing and ends with status 1."""
+"""Names the GPU and ends with status 0, or says what is missing and ends with status 1."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def main() -> int:
 
     if not torch.cuda.is_available():
         print(
-            f"There is a GPU, but torch {torch.__version__} of this environment cannot use it. Remove .venv and run again with\n"
-            "PYTHON=<a Python whose torch sees the GPU>, or with TORCH=<a CUDA build>. Nothing was run on a GPU."
+            f"There is a GPU, but torch {torch.__version__} here cannot use it. Remove .venv and run again\n"
+            "with PYTHON=<a Python whose torch sees the GPU>, or with TORCH=<a CUDA build>. Nothing was run on a GPU."
         )
         return 1
     print(f"torch {torch.__version__} uses {torch.cuda.get_device_name()}")

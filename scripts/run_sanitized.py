@@ -1,4 +1,4 @@
-"""Runs pytest on a copy of the package whose extension was built with sanitizers: run_sanitized.py FOLDER [pytest arguments].
+"""Runs pytest on a build of the package with sanitizers: run_sanitized.py FOLDER [pytest arguments].
 
 FOLDER holds `mudsc_fast/` with the sanitized `_core`. An editable install would win over it through its import hook, so
 that hook is taken out first.

@@ -1,8 +1,8 @@
 """Makes the virtual environment that the Makefile works in, and installs what pyproject.toml declares into it.
 
-torch comes first and by itself, because a plain `pip install torch` on Linux brings several gigabytes of CUDA packages.
-When this Python already has a torch that sees a GPU, the environment is laid on top of that Python's packages instead and
-only what is missing is installed: a GPU machine is often one where nothing can be downloaded.
+torch comes first and by itself, because a plain `pip install torch` on Linux brings several gigabytes of CUDA
+packages. When this Python already has a torch that sees a GPU, the environment is laid on top of that Python's packages
+instead and only what is missing is installed: a GPU machine is often one where nothing can be downloaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def create(venv: Path, reuse: bool) -> None:
         [sys.executable, "-m", "venv", *(["--system-site-packages"] if reuse else []), str(venv)], check=True
     )
     if reuse:
-        # --system-site-packages skips the packages of a parent that is itself a virtual environment; a .pth file does not.
+        # --system-site-packages skips the packages of a parent that is itself a virtual environment; a .pth does not.
         folders = json.loads(subprocess.check_output([sys.executable, "-c", SITE_FOLDERS], text=True))
         inside = json.loads(subprocess.check_output([str(venv / "bin/python"), "-c", SITE_FOLDERS], text=True))
         Path(inside[0], "parent_packages.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ def draw(rows: Sequence[Row], before: Tensor, after: Tensor, space: str, path: P
     _comparison(bars, rows)
     figure.text(0.012, 0.925, "Two networks into one, without training", fontsize=12.5, fontweight="bold")
 
-    maps = [figure.add_axes((left, 0.235, 0.18, 0.58)) for left in (0.575, 0.767)]
+    maps = [figure.add_axes((left, 0.29, 0.18, 0.58)) for left in (0.575, 0.767)]
     limit = max(0.5, float(after.max()))
     for axes, similarity, title in zip(maps, (before, after), ("before matching", "after matching"), strict=True):
         image = axes.imshow(similarity.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -45,15 +45,17 @@ def draw(rows: Sequence[Row], before: Tensor, after: Tensor, space: str, path: P
         axes.set(xticks=[], yticks=[], xlabel="units of parent B")
         axes.spines[:].set_color(RULE)
     maps[0].set_ylabel("units of parent A")
-    scale = figure.colorbar(image, cax=figure.add_axes((0.955, 0.302, 0.007, 0.446)))
+    scale = figure.colorbar(image, cax=figure.add_axes((0.955, 0.357, 0.007, 0.446)))
     scale.outline.set_visible(False)  # type: ignore[operator]
     scale.ax.tick_params(length=0, labelsize=8, colors=QUIET, pad=2)
     figure.text(0.575, 0.925, "What matching does to the units", fontsize=12.5, fontweight="bold")
     means = [float(similarity.diagonal().mean()) for similarity in (before, after)]
-    figure.text(
-        0.575, 0.2, f"correlation of activations, space {space}; mean of the diagonal {means[0]:.2f} → {means[1]:.2f}",
-        fontsize=9, color=QUIET,
-    )  # fmt: skip
+    caption = (
+        f"Correlation of activations on the same images, space {space} ({len(after)} units),\n"
+        "parent A's units in order of their match (align, both).\n"
+        f"Mean of the diagonal: {means[0]:.2f} before, {means[1]:.2f} after."
+    )
+    figure.text(0.575, 0.125, caption, fontsize=9, color=QUIET, linespacing=1.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

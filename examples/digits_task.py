@@ -65,6 +65,8 @@ def train(
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small gain little from a second thread, and lose much on a busy machine
     model.train()
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
@@ -75,6 +77,7 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
+    torch.set_num_threads(threads)
     return model.eval()
 
 

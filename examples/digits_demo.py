@@ -125,9 +125,9 @@ def merge_by_command(
     stats.save(out / "statistics.safetensors")
     merged = out / "merged.safetensors"
     arguments = ["merge", *map(str, names), "-o", str(merged), "--method", "zip", "--balance", str(BALANCE)]
-    arguments += ["--stats", str(out / "statistics.safetensors"), "--seed", "0"]
+    arguments += ["--stats", str(out / "statistics.safetensors"), "--seed", "0", "--force"]
     console.print("\n$ mudsc-fast " + " ".join(arguments), soft_wrap=True, highlight=False)
-    subprocess.run([sys.executable, "-m", "mudsc_fast.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "mudsc_fast", *arguments], check=True)
     return merged
 
 

@@ -1,0 +1,139 @@
+"""The program around the commands: errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import click
+
+from mudsc_fast.cli.calibrating import calibrate
+from mudsc_fast.cli.inspecting import check, info, spec
+from mudsc_fast.cli.merging import align, merge
+from mudsc_fast.cli.options import CONTEXT, Settings
+
+DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+# What the user can mend by naming another path; a full or failing disk is none of these.
+_PATH_ERRNOS = {
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+
+
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        import mudsc_fast
+
+        click.echo(f"mudsc-fast {mudsc_fast.__version__}")
+        context.exit()
+
+
+@click.group(context_settings=CONTEXT, no_args_is_help=True)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it.")
+def cli() -> None:
+    """Merge trained networks without training them again.
+
+    Units (channels, neurons, attention heads) of separately trained models are matched by the similarity of their
+    weights and of their activations, then averaged with their match. Two checkpoints of one architecture go in, one
+    comes out:
+
+    \b
+      mudsc-fast merge a.safetensors b.safetensors -o merged.safetensors
+
+    With activations the match is better. They are recorded once, from any unlabelled inputs:
+
+    \b
+      mudsc-fast calibrate a.safetensors b.safetensors --model net:build \\
+          --inputs images.npy -o stats.safetensors
+      mudsc-fast merge a.safetensors b.safetensors --stats stats.safetensors \\
+          -o merged.safetensors
+
+    Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted. Every output is written under a temporary
+    name and renamed, so an interrupted run leaves nothing behind.
+    """
+
+
+for _command in (merge, align, calibrate, spec, check, info):
+    cli.add_command(_command)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run ``mudsc-fast`` with these arguments (default: the process's) and return its exit code."""
+    settings = Settings()
+    try:
+        with _terminating():
+            code = cli.main(
+                args=None if args is None else list(args), prog_name="mudsc-fast", standalone_mode=False, obj=settings
+            )
+    except BaseException as error:  # noqa: BLE001 (Ctrl-C and SIGTERM have exit codes too)
+        if settings.debug and not isinstance(error, SystemExit | click.UsageError):
+            traceback.print_exc()
+        return _explain(error)
+    return code if isinstance(code, int) else DONE
+
+
+def _explain(error: BaseException) -> int:
+    """Say on stderr what went wrong, and give the exit code for it."""
+    match error:
+        case click.ClickException():
+            error.show()
+            return error.exit_code
+        case click.Abort() | KeyboardInterrupt():
+            _say("interrupted; nothing was left behind")
+            return INTERRUPTED
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else FAILED
+        case BrokenPipeError():
+            # The reader of our output has gone (``| head``); flushing at exit would complain once more.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            _say(f"error: {where}{error.strerror or error}")
+            return USAGE if error.errno is None or error.errno in _PATH_ERRNOS else FAILED
+        case ValueError() | TypeError():
+            _say(f"error: {error}")
+            return USAGE
+        case MemoryError():
+            _say(f"failed: not enough memory{f' ({error})' if str(error) else ''}")
+            return FAILED
+        case _:
+            _say(f"failed: {type(error).__name__}: {error} (--debug shows where)")
+            return FAILED
+
+
+def _say(text: str) -> None:
+    click.echo(f"mudsc-fast: {text}", err=True)
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that temporaries are removed as they are after Ctrl-C."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,97 @@
+"""``mudsc-fast calibrate``: checkpoints and inputs in, activation statistics out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from mudsc_fast.cli import options
+
+
+@click.command(short_help="Record activation statistics for merge.")
+@options.checkpoints("A B [C...]")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Where to write the statistics, for 'mudsc-fast merge --stats'.",
+)
+@click.option(
+    "--inputs",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Inputs, one a row: a .npy file, or a .safetensors file with one tensor for each argument of the model.",
+)
+@options.model
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Rows a batch.")
+@click.option(
+    "--scope",
+    type=click.Choice(["full", "cross"]),
+    default="full",
+    show_default=True,
+    help="full: also similarities inside each model, which zip needs. cross: between models, enough for align and half "
+    "the work.",
+)
+@options.device
+@options.spec
+@options.force
+@options.allow_torch_load
+@options.quiet
+@options.debug
+def calibrate(
+    checkpoints: tuple[Path, ...],
+    output: Path,
+    inputs: Path,
+    model_path: str | None,
+    batch_size: int,
+    scope: str,
+    device: str,
+    spec_from: str,
+    heads: int | None,
+    groups: int | None,
+    force: bool,
+    allow_torch_load: bool,
+) -> None:
+    """Record the activation statistics of two or more checkpoints on the same inputs.
+
+    The inputs need no labels; a few hundred to a few thousand rows of the data that the merged network will see are
+    enough. Give the checkpoints in the order in which they will be merged.
+
+    \b
+    A network of your own, built by the function `build` in net.py:
+      mudsc-fast calibrate a.safetensors b.safetensors --model net:build \\
+          --inputs images.npy -o stats.safetensors
+    Hugging Face folders, with pixel_values, or input_ids and attention_mask,
+    in inputs.safetensors:
+      mudsc-fast calibrate a/ b/ --inputs inputs.safetensors -o stats.safetensors
+    """
+    if len(checkpoints) < 2:
+        raise click.UsageError(f"expected two or more checkpoints, got {len(checkpoints)}")
+    from mudsc_fast import calibration
+    from mudsc_fast.cli.inputs import Batches
+    from mudsc_fast.cli.models import build_model
+    from mudsc_fast.cli.specs import find_spec
+    from mudsc_fast.specs import spec_for
+
+    settings = options.settings()
+    start = time.perf_counter()
+    where = options.as_device(device)
+    options.check_record(output, "--output", [*checkpoints, inputs], force)
+    opened = options.open_all(checkpoints, allow_torch_load)
+    models = [build_model(checkpoint, model_path) for checkpoint in opened]
+    batches = Batches(inputs, batch_size, models[0])
+    if model_path is not None and spec_from == "auto":
+        spec = spec_for(models[0], heads=heads, groups=groups)
+    else:
+        spec = find_spec(opened[0], spec_from, heads, groups)
+    stats = calibration.calibrate(models, batches, spec, scope=scope, device=where, progress=not settings.quiet)
+    stats.save(output)
+    settings.say(
+        f"calibrated {len(models)} checkpoints on {batches.rows} rows: {len(stats)} of {len(spec.spaces)} spaces in "
+        f"{output}, {time.perf_counter() - start:.1f} s"
+    )

@@ -1,0 +1,333 @@
+"""``mudsc-fast merge`` and ``mudsc-fast align``: checkpoints in, one checkpoint out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mudsc_fast.cli import options
+from mudsc_fast.cli.progress import track
+from mudsc_fast.cli.specs import find_spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mudsc_fast.checkpoints import Checkpoint, TensorInfo
+    from mudsc_fast.plan import MergePlan
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the names are those of the options."""
+
+    checkpoints: tuple[Path, ...]
+    output: Path
+    spec_from: str
+    heads: int | None
+    groups: int | None
+    dtype: str
+    max_shard_size: str
+    device: str
+    seed: int
+    force: bool
+    allow_torch_load: bool
+    balance: float | None = None
+    stats: Path | None = None
+    plan_from: Path | None = None
+    save_plan: Path | None = None
+    method: str = "align"
+    weights: list[float] | None = None
+    width: int | float | None = None
+
+    def check_usage(self) -> None:
+        """Refuse options that contradict each other, before anything is opened."""
+        count = len(self.checkpoints)
+        if count < 2:
+            raise click.UsageError(f"expected two or more checkpoints, got {count}")
+        if self.weights is not None and len(self.weights) != count:
+            raise click.UsageError(f"--weights: expected {count}, one for each checkpoint, got {len(self.weights)}")
+        matching = {
+            "--balance": self.balance,
+            "--stats": self.stats,
+            "--width": self.width,
+            "--save-plan": self.save_plan,
+        }
+        unused = [name for name, value in matching.items() if value is not None]
+        if self.plan_from is not None and unused:
+            raise click.UsageError(f"{unused[0]} is for finding a match, but --plan gives one")
+        if self.method == "average" and (unused or self.plan_from is not None):
+            raise click.UsageError(f"--method average matches nothing, so it cannot use {[*unused, '--plan'][0]}")
+        if self.width is not None and self.method != "zip":
+            raise click.UsageError(f"--width: only --method zip changes widths, got --method {self.method}")
+        if self.balance is not None and self.balance < 1 and self.stats is None:
+            raise click.UsageError(
+                f"--balance {self.balance:g} compares activations too, and there are no --stats. Record them with "
+                "'mudsc-fast calibrate A B -o stats.safetensors --inputs FILE' and pass --stats stats.safetensors, "
+                "or compare weights alone with --balance 1"
+            )
+
+    def check_outputs(self) -> None:
+        """Refuse what could not be written at the end of a long run."""
+        from mudsc_fast.checkpoints import check_output
+
+        inputs = [path for path in (*self.checkpoints, self.stats, self.plan_from) if path is not None]
+        check_output(self.output, inputs, self.force)
+        if self.save_plan is not None:
+            options.check_record(self.save_plan, "--save-plan", inputs, self.force)
+            if self.save_plan.resolve() == self.output.resolve():
+                raise ValueError(f"--save-plan: {self.save_plan} is the output too")
+
+    def used_balance(self) -> float:
+        """The balance asked for, or the one that fits what is there."""
+        if self.balance is not None:
+            return self.balance
+        if self.stats is None:
+            options.settings().say("no --stats: matching by weights alone (--balance 1)")
+            return 1.0
+        return 0.5
+
+
+def _parse_weights(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers with commas between them, such as 1,0.5, got {value!r}") from None
+
+
+def _parse_width(context: click.Context, parameter: click.Parameter, value: str | None) -> int | float | None:
+    if value is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    raise click.BadParameter(f"expected units (an integer) or a share of the width such as 1.5, got {value!r}")
+
+
+_matching = options.together(
+    click.option(
+        "--balance",
+        type=click.FloatRange(0, 1),
+        help="Share of weight space in the similarity: 0 compares activations alone, 1 weights alone.  "
+        "[default: 0.5 with --stats, else 1]",
+    ),
+    click.option(
+        "--stats",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Activation statistics that 'mudsc-fast calibrate' wrote for the same checkpoints in the same order.",
+    ),
+    click.option(
+        "--plan",
+        "plan_from",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Use this match instead of finding one.",
+    ),
+    click.option(
+        "--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Also write the match, for --plan."
+    ),
+)
+_running = options.together(
+    options.dtype,
+    options.max_shard_size,
+    options.device,
+    options.seed,
+    options.spec,
+    options.force,
+    options.allow_torch_load,
+    options.quiet,
+    options.debug,
+)
+
+
+@click.command(short_help="Merge checkpoints into one.")
+@options.checkpoints("A B [C...]")
+@options.output
+@click.option(
+    "--method",
+    type=click.Choice(["align", "zip", "average"]),
+    default="align",
+    show_default=True,
+    help="align: one-to-one, keeps the width. zip: similar units of one model may merge too. average: tensor by "
+    "tensor, without matching.",
+)
+@_matching
+@click.option("--weights", callback=_parse_weights, metavar="1,1", help="Share of each checkpoint in the average.")
+@click.option(
+    "--width",
+    callback=_parse_width,
+    metavar="N|SHARE",
+    help="With zip: merged units of each space, or a share of its width such as 1.5.",
+)
+@_running
+def merge(**given: Any) -> None:
+    """Merge two or more checkpoints of one architecture into one network.
+
+    Each checkpoint is a .safetensors file or a Hugging Face folder. OUT is written tensor by tensor, in the unit order
+    of the first checkpoint; for a folder the first checkpoint's config and tokenizer files are copied.
+
+    \b
+    Weights alone:
+      mudsc-fast merge a.safetensors b.safetensors -o merged.safetensors
+    Weights and activations, units also merged inside a model:
+      mudsc-fast merge a b -o merged --method zip --stats stats.safetensors
+    Find the match once, then try shares:
+      mudsc-fast merge a b -o m1 --save-plan plan.safetensors
+      mudsc-fast merge a b -o m2 --plan plan.safetensors --weights 1,0.5
+
+    BatchNorm's running statistics are averaged like weights. They do not fit the merged network: recompute them from
+    data with mudsc_fast.reset_batchnorm.
+    """
+    request = Request(**given)
+    request.check_usage()
+    start = time.perf_counter()
+    device = options.as_device(request.device)
+    request.check_outputs()
+    opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
+    if request.method == "average":
+        from mudsc_fast.averaging import check_weights, merge_tensors
+        from mudsc_fast.spec import PermutationSpec
+
+        shares = check_weights(request.weights, len(opened))
+        plan, about = None, {"method": "average"}
+        stream, layout = merge_tensors(PermutationSpec(()), {}, {}, opened, shares), opened[0].layout
+    else:
+        plan, about = _plan(request, opened, device)
+        stream, layout = plan.merge_tensors(opened, request.weights), _merged_layout(plan, opened[0].layout)
+    if request.weights is not None:
+        about["weights"] = ",".join(f"{w:g}" for w in request.weights)
+    _write(request, stream, layout, opened, opened[0], about)
+    _summarise("merged", request, plan, about, layout, time.perf_counter() - start)
+
+
+@click.command(short_help="Put one checkpoint into the unit order of another.")
+@options.checkpoints("A B")
+@options.output
+@_matching
+@_running
+def align(**given: Any) -> None:
+    """Write checkpoint B in the unit order of checkpoint A.
+
+    The output computes what B computes, but its units stand where A has similar ones, so that other tools (averaging,
+    SLERP, TIES, task vectors) can merge the two position by position.
+
+    \b
+    Example:
+      mudsc-fast align a.safetensors b.safetensors -o b_like_a.safetensors
+    """
+    request = Request(**given)
+    if len(request.checkpoints) != 2:
+        raise click.UsageError(f"expected two checkpoints, A and B, got {len(request.checkpoints)}")
+    request.check_usage()
+    start = time.perf_counter()
+    device = options.as_device(request.device)
+    request.check_outputs()
+    opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
+    plan, about = _plan(request, opened, device)
+    layout = opened[1].layout
+    _write(request, plan.align_tensors(opened[1], 1), layout, opened, opened[1], about)
+    _summarise("aligned", request, plan, about, layout, time.perf_counter() - start)
+
+
+def _plan(request: Request, opened: list[Checkpoint], device: torch.device) -> tuple[MergePlan, dict[str, str]]:
+    """The match, found or loaded, and what the output's header says about it."""
+    from mudsc_fast.calibration import ActivationStats
+    from mudsc_fast.matching import match
+    from mudsc_fast.plan import MergePlan
+
+    if request.plan_from is not None:
+        plan = MergePlan.load(request.plan_from)
+        plan.spec.check({name: info.shape for name, info in opened[0].layout.items()})
+        return plan, {"method": plan.method, "plan": request.plan_from.name}
+    balance = request.used_balance()
+    plan = match(
+        opened,
+        find_spec(opened[0], request.spec_from, request.heads, request.groups),
+        None if request.stats is None else ActivationStats.load(request.stats, device=device),
+        method=request.method,
+        balance=balance,
+        width=request.width,
+        seed=request.seed,
+        progress=not options.settings().quiet,
+        device=device,
+    )
+    about = {"method": request.method, "balance": f"{balance:g}", "seed": str(request.seed)}
+    if request.stats is not None:
+        about["stats"] = request.stats.name
+    if request.width is not None:
+        about["width"] = str(request.width)
+    if request.save_plan is not None:
+        plan.save(request.save_plan)
+    return plan, about
+
+
+def _merged_layout(plan: MergePlan, layout: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Shapes after the merge: another width changes the sizes of every axis of its space."""
+    from mudsc_fast.axes import axis_labels
+
+    widths = plan.widths
+    changed = [space for space in plan.spec.spaces if widths[space.name] != space.width]
+    merged = dict(layout)
+    for name in {axis.tensor for space in changed for axis in space.axes}:
+        shape = list(layout[name].shape)
+        for part in axis_labels(plan.spec, name, layout[name].shape, plan.labels, widths):
+            for dim, size in zip(part.dims, part.sizes, strict=True):
+                shape[dim] = size
+        merged[name] = layout[name]._replace(shape=tuple(shape))
+    return merged
+
+
+def _write(
+    request: Request,
+    stream: Iterable[tuple[str, Tensor]],
+    layout: Mapping[str, TensorInfo],
+    opened: list[Checkpoint],
+    like: Checkpoint,
+    about: Mapping[str, str],
+) -> None:
+    """Write the stream; the files beside the weights come from the folder of `like`, if it is one."""
+    import mudsc_fast as mf
+    from mudsc_fast.checkpoints import CheckpointWriter, cast_layout
+
+    settings = options.settings()
+    dtype = options.as_dtype(request.dtype)
+    if like.folder is not None and layout != like.layout:
+        settings.say(f"note: config.json is copied from {like.path} and does not know the merged widths")
+    sources = ",".join(checkpoint.path.resolve().name for checkpoint in opened)
+    writer = CheckpointWriter(
+        request.output,
+        cast_layout(layout, dtype),
+        metadata={"mudsc_fast": mf.__version__, "sources": sources, **about},
+        max_shard_size=request.max_shard_size,
+        overwrite=request.force,
+        inputs=[path for checkpoint in opened for path in (checkpoint.path, *checkpoint.files)],
+        companions=like.folder,
+        companion_dtype=dtype,
+    )
+    with writer:
+        for name, tensor in track(stream, "writing", len(layout), settings.quiet):
+            writer.write(name, tensor)
+
+
+def _summarise(
+    verb: str,
+    request: Request,
+    plan: MergePlan | None,
+    about: Mapping[str, str],
+    layout: Mapping[str, TensorInfo],
+    seconds: float,
+) -> None:
+    how = ", ".join(f"{key} {value}" for key, value in about.items())
+    text = f"{verb} {len(request.checkpoints)} checkpoints ({how}): "
+    if plan is not None and plan.values:
+        mean = sum(plan.values.values()) / len(plan.values)
+        text += f"{len(plan.labels)} spaces with a mean match of {mean:.3f}, "
+    options.settings().say(text + f"{len(layout)} tensors in {request.output}, {seconds:.1f} s")

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <optional>
 #include <string>
@@ -236,6 +237,24 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     return {total, made};
 }
 
+// ---- ceilings, for benchmarks ----
+
+// Floating-point operations a second that one thread reaches; 0 where the instruction set has no such instruction.
+double peak_flops(bool bf16) {
+    const KernelTable& table = mudsc::kernels();
+    const auto run = bf16 ? table.peak_bf16 : table.peak_f32;
+    py::gil_scoped_release release;
+    double best = 0;
+    for (int round = 0; round < 5; ++round) {
+        float sink = 0;
+        const auto start = std::chrono::steady_clock::now();
+        const double flop = run(1000000, &sink);
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        best = std::max(best, flop / taken.count());
+    }
+    return best;
+}
+
 // ---- what this build is ----
 
 py::dict build_info() {
@@ -267,6 +286,7 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "use_isa", [](const std::optional<std::string>& name) { mudsc::use_isa(name ? name->c_str() : nullptr); },
         py::arg("name"), "Switches the instruction set; None chooses again.");
+    m.def("peak_flops", &peak_flops, py::arg("bf16"));
     m.def("regroup", &regroup, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"), py::arg("members"),
           py::arg("scale"), py::arg("threads"));
     m.def("zip", &zip, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),

@@ -52,6 +52,8 @@ struct KernelTable {
     const char* isa;
     Status (*regroup)(const RegroupArgs&);
     Status (*zip)(const ZipArgs&);
+    double (*peak_f32)(int64_t iterations, float* sink);   // flop done; for benchmarks
+    double (*peak_bf16)(int64_t iterations, float* sink);  // 0 where there is no such instruction
 };
 
 // The kernels of the instruction set in use: the best that this CPU runs, or the one that MUDSC_FAST_ISA names.

@@ -1,7 +1,7 @@
 // Gather and segment sum along one axis of a strided tensor. Limited by memory: every element is read once and written
 // once, in runs as long as the strides allow; large results bypass the cache, which saves reading what is overwritten.
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "cpu/common.h"
@@ -73,22 +73,22 @@ void offsets(const Layout& l, int64_t index, int64_t* in, int64_t* out) {
     }
 }
 
-// Copies a run of contiguous bytes; past the cache when `stream`.
+// Copies a run of contiguous bytes; past the cache when `stream`, a whole line at a time where the registers allow.
 void copy_run(char* out, const char* in, int64_t bytes, bool stream) {
 #if defined(__SSE2__)
     if (stream && bytes >= 256) {
-        const int64_t head = (16 - (reinterpret_cast<uintptr_t>(out) & 15)) & 15;
+        const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63;
         memcpy(out, in, static_cast<size_t>(head));
         int64_t i = head;
-        for (; i + 64 <= bytes; i += 64) {
-            const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-            const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i + 16));
-            const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i + 32));
-            const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i + 48));
-            _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), a);
-            _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + 16), b);
-            _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + 32), c);
-            _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + 48), d);
+        for (; i + kCacheLine <= bytes; i += kCacheLine) {
+#if defined(__AVX512F__)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+#else
+            for (int64_t part = i; part < i + kCacheLine; part += 16) {
+                const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + part));
+                _mm_stream_si128(reinterpret_cast<__m128i*>(out + part), x);
+            }
+#endif
         }
         memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
         return;

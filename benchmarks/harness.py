@@ -1,0 +1,247 @@
+"""How a row of the suite is checked, timed and judged.
+
+Times drift on shared machines, so a row's contenders take turns (A B A B ...) and the ratio is the median over rounds of
+each round's own ratio. A row counts only if every contender's result was right.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+OURS = "mudsc_fast"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a row's result. ``why_missing`` is set instead of ``run`` when it cannot run here."""
+
+    name: str
+    run: Callable[[], Any] | None
+    why_missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the suite.
+
+    Attributes:
+        op, case, size: what is measured; rows of one op and case differ in size only and give a growth exponent.
+        contenders: made when the row is run, so that a row costs nothing before; ours is named ``OURS``.
+        error: from a contender's name and result to its error; the row fails above ``tolerance``.
+        target: the least ratio of ``against``'s time to ours; None: reported, not judged.
+        against: a contender's name, or "best" for the fastest of the others.
+        work: floating-point operations or bytes that the result needs, with ``unit`` "flop" or "byte".
+        at_most: instead of a ratio, seconds that ours may take.
+    """
+
+    op: str
+    case: str
+    size: int
+    contenders: Callable[[], Sequence[Contender]]
+    error: Callable[[str, Any], float]
+    tolerance: float
+    target: float | None = None
+    against: str = "best"
+    work: float = 0.0
+    unit: str = ""
+    threads: int = 1
+    rounds: int = 7
+    at_most: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Result:
+    """What a row gave; seconds are medians."""
+
+    op: str
+    case: str
+    size: int
+    threads: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)  # interquartile range over the median
+    ratios: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    extra_mib: float | None = None
+    rate: float | None = None  # work per second
+    unit: str = ""
+    ceiling_share: float | None = None
+    target: float | None = None
+    against: str = ""
+    measured: float | None = None
+    at_most: float | None = None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target was met; None without one."""
+        if self.at_most is not None:
+            return self.seconds.get(OURS, math.inf) <= self.at_most
+        if self.target is None:
+            return None
+        return self.measured is not None and self.measured >= self.target
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with whether the target was met."""
+        return {**asdict(self), "met": self.met}
+
+
+class WrongResult(RuntimeError):
+    """A contender's result differs from the reference by more than its row allows."""
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """Run with this many torch (and so mudsc_fast) threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_row(row: Row, ceilings: dict[str, float] | None = None, budget: float = 20.0) -> Result:
+    """Check every contender of a row, then time them in turns for at most about ``budget`` seconds."""
+    result = Result(row.op, row.case, row.size, row.threads, target=row.target, against=row.against, note=row.note)
+    result.at_most = row.at_most
+    with threads_set(row.threads):
+        contenders = row.contenders()
+        result.missing = {c.name: c.why_missing or "" for c in contenders if c.run is None}
+        running = [c for c in contenders if c.run is not None]
+        first = {c.name: _checked(row, c, result) for c in running}
+        times = _take_turns(running, first, row.rounds, budget)
+    for name, taken in times.items():
+        result.seconds[name] = statistics.median(taken)
+        result.spread[name] = _spread(taken)
+    _judge(row, result, times)
+    if row.work:
+        result.rate, result.unit = row.work / result.seconds[OURS], row.unit
+        ceiling = (ceilings or {}).get(row.unit)
+        if ceiling:
+            result.ceiling_share = result.rate / (ceiling * (row.threads if row.unit == "flop" else 1))
+    return result
+
+
+def _checked(row: Row, contender: Contender, result: Result) -> float:
+    """Run once, check the result, and return the seconds it took; ours also notes its peak of extra memory."""
+    run = contender.run
+    if run is None:
+        return math.inf
+    with _peak_memory() as peak:
+        start = time.perf_counter()
+        value = run()
+        taken = time.perf_counter() - start
+    if contender.name == OURS:
+        result.extra_mib = peak[0]
+    error = row.error(contender.name, value)
+    result.errors[contender.name] = error
+    if not error <= row.tolerance:
+        raise WrongResult(f"{row.op} {row.case} {row.size}: {contender.name} is off by {error:.3g} > {row.tolerance:.3g}")
+    return taken
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[float]]:
+    """MiB by which the process's peak rose above what it held before (Linux; elsewhere None stays 0)."""
+    found = [0.0]
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _resident()
+        yield found
+        found[0] = max(0.0, _high_water() - before)
+    except OSError:
+        yield found
+
+
+def _status(key: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(float(line.split()[1]) / 1024 for line in file if line.startswith(key))
+
+
+def _resident() -> float:
+    return _status("VmRSS:")
+
+
+def _high_water() -> float:
+    return _status("VmHWM:")
+
+
+def _take_turns(
+    running: Sequence[Contender], first: dict[str, float], rounds: int, budget: float
+) -> dict[str, list[float]]:
+    """Times of each contender. Slow ones, which alone would use up the budget, keep their first time."""
+    times: dict[str, list[float]] = {c.name: [] for c in running}
+    slow = {name for name, taken in first.items() if taken > budget / 3 and name != OURS}
+    quick = [c for c in running if c.name not in slow]
+    # A call shorter than the clock and the scheduler resolve is repeated within a turn.
+    repeats = {c.name: max(1, min(1000, int(2e-3 / max(first[c.name], 1e-7)))) for c in quick}
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - start > budget:
+            break
+        for c in quick:
+            if c.run is None:
+                continue
+            begin = time.perf_counter()
+            for _ in range(repeats[c.name]):
+                c.run()
+            times[c.name].append((time.perf_counter() - begin) / repeats[c.name])
+    for name in slow:
+        times[name] = [first[name]]
+    return times
+
+
+def _spread(taken: Sequence[float]) -> float:
+    if len(taken) < 3:
+        return 0.0
+    low, _, high = statistics.quantiles(taken, n=4)
+    return (high - low) / statistics.median(taken)
+
+
+def _judge(row: Row, result: Result, times: dict[str, list[float]]) -> None:
+    ours = times[OURS]
+    for name, taken in times.items():
+        if name == OURS:
+            continue
+        if len(taken) == len(ours):
+            result.ratios[name] = statistics.median(t / o for t, o in zip(taken, ours, strict=True))
+        else:
+            result.ratios[name] = statistics.median(taken) / statistics.median(ours)
+    if row.against == "best":
+        result.measured = min(result.ratios.values(), default=None)
+    else:
+        result.measured = result.ratios.get(row.against)
+
+
+def growth(results: Iterable[Result]) -> dict[tuple[str, str, int], float]:
+    """The fitted exponent of our time against size, for each op, case and thread count with three sizes or more."""
+    groups: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for r in results:
+        if OURS in r.seconds and r.size > 0:
+            points = groups.setdefault((r.op, r.case, r.threads), [])
+            points.append((math.log(r.size), math.log(r.seconds[OURS])))
+    fitted = {}
+    for key, points in groups.items():
+        if len({x for x, _ in points}) >= 3:
+            xs, ys = zip(*points, strict=True)
+            fitted[key] = statistics.linear_regression(xs, ys).slope
+    return fitted
+
+
+def peak_rss_mib() -> float:
+    """The process's highest resident memory so far, MiB."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -1,0 +1,139 @@
+"""The suite as a whole: which ops there are, running them, and what is printed, saved and drawn."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mudsc_fast as mf
+from benchmarks import ceilings
+from benchmarks.harness import OURS, Result, WrongResult, growth, run_row
+
+OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
+
+
+def run(
+    ops: Sequence[str] = OPS, quick: bool = False, say: Callable[[str], None] | None = None
+) -> tuple[list[Result], dict[str, Any], list[str]]:
+    """Run the rows of some ops; returns the results, a description of the run, and what went wrong."""
+    say = say or (lambda text: None)
+    limits = ceilings.measure()
+    results: list[Result] = []
+    failures: list[str] = []
+    start = time.time()
+    for op in ops:
+        for row in importlib.import_module(f"benchmarks.bench_{op}").rows(quick):
+            try:
+                results.append(run_row(row, limits, budget=2.0 if quick else 15.0))
+            except WrongResult as error:
+                failures.append(str(error))
+                say(f"WRONG  {error}")
+                continue
+            say(line(results[-1]))
+    about = {
+        "config": mf.build_config(),
+        "machine": _machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "seconds": time.time() - start,
+        "quick": quick,
+        "ceilings": limits,
+        "exponents": [
+            {"op": op, "case": case, "threads": threads, "exponent": exponent}
+            for (op, case, threads), exponent in growth(results).items()
+        ],
+    }
+    return results, about, failures
+
+
+def _machine() -> dict[str, Any]:
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [text.split(":", 1)[1].strip() for text in info.read_text().splitlines() if text.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "cores": torch.get_num_threads(), "system": platform.platform()}
+
+
+def line(result: Result) -> str:
+    """One row as text: time, ratio to each contender, target, share of the ceiling, extra memory."""
+    verdict = {True: "ok  ", False: "LOW ", None: "    "}[result.met]
+    parts = [f"{verdict} {result.op:10s} {result.case:44s} {result.size:>6d} x{result.threads}"]
+    parts.append(f"{_seconds(result.seconds[OURS]):>9s} ±{100 * result.spread[OURS]:.0f}%")
+    if result.at_most is not None:
+        parts.append(f"target <= {result.at_most:g} s")
+    elif result.target is not None and result.measured is not None:
+        parts.append(f"{result.measured:.2f}x {result.against} (target {result.target:g}x)")
+    parts += [f"{name} {ratio:.2f}x" for name, ratio in result.ratios.items()]
+    if result.ceiling_share is not None:
+        parts.append(f"{100 * result.ceiling_share:.0f}% of ceiling")
+    if result.extra_mib is not None:
+        parts.append(f"+{result.extra_mib:.0f} MiB")
+    parts += [f"{name}: missing ({why})" for name, why in result.missing.items()]
+    return "  ".join(parts)
+
+
+def _seconds(value: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def save(path: Path, results: Iterable[Result], about: dict[str, Any], failures: Sequence[str]) -> None:
+    """Write one JSON file with everything a reader needs to judge the numbers."""
+    content = {**about, "failures": list(failures), "rows": [r.to_json() for r in results]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def plot(folder: Path, results: Sequence[Result]) -> list[Path]:
+    """Draw time against size, log-log, one line a contender, one picture an op; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for op in dict.fromkeys(r.op for r in results):
+        groups: dict[tuple[str, int], list[Result]] = {}
+        for r in results:
+            if r.op == op:
+                groups.setdefault((r.case, r.threads), []).append(r)
+        drawn = {key: rows for key, rows in groups.items() if len({r.size for r in rows}) >= 2}
+        if not drawn:
+            continue
+        columns = min(3, len(drawn))
+        lines = -(-len(drawn) // columns)
+        figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False)
+        for ax, ((case, threads), rows) in zip(axes.flat, drawn.items(), strict=False):
+            for name in dict.fromkeys(n for r in rows for n in r.seconds):
+                points = sorted((r.size, r.seconds[name]) for r in rows if name in r.seconds)
+                style = {"linewidth": 2.4, "zorder": 3} if name == OURS else {"linewidth": 1.2}
+                ax.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
+            ax.set_title(f"{case}, {threads} thread{'s' if threads > 1 else ''}", fontsize=9)
+            ax.set_xlabel("size")
+            ax.set_ylabel("seconds")
+            ax.grid(alpha=0.3, which="both", linewidth=0.4)
+            ax.legend(fontsize=7)
+        for ax in axes.flat[len(drawn) :]:
+            ax.set_visible(False)
+        figure.suptitle(op)
+        figure.tight_layout()
+        path = folder / f"{op}.png"
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+        written.append(path)
+    return written

@@ -1,0 +1,204 @@
+"""The match of all spaces by coordinate descent (docs/method.md rule 8)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.arguments import (
+    Width,
+    check_activations,
+    check_count,
+    check_share,
+    check_start,
+    merged_widths,
+    two_or_more,
+)
+from mudsc_fast.covariance import Covariance
+from mudsc_fast.plan import METHODS, MergePlan
+from mudsc_fast.progress import Bar, Progress, bar, wanted
+from mudsc_fast.rematch import Match, Matcher
+from mudsc_fast.weights import Weights
+
+if TYPE_CHECKING:
+    from mudsc_fast.spec import PermutationSpec, Space
+
+# Results remembered per tie. After a sweep that did not help, the labels go back to the best ones, and the sweeps of a
+# settling match revisit few states; each entry is only the labels of one tie.
+_REMEMBERED = 4
+
+
+def match(
+    state_dicts: Sequence[Mapping[str, Tensor]] | None,
+    spec: PermutationSpec,
+    activations: Mapping[str, Covariance] | None = None,
+    method: str = "align",
+    balance: float = 0.5,
+    width: Width | None = None,
+    attenuation: float = 0.5,
+    budget: float = 1.0,
+    seed: int = 0,
+    max_sweeps: int = 100,
+    patience: int = 5,
+    start: MergePlan | None = None,
+    progress: Progress = True,
+    device: torch.device | str | None = None,
+) -> MergePlan:
+    """Find the labels of every space: which units of the models belong together.
+
+    state_dicts: one mapping from names to tensors a model, two or more; tensors are read when needed, so lazy mappings
+        stay lazy. With balance 0 they are not looked at and may be None.
+    spec: the spaces of the architecture.
+    activations: what `calibrate` gave, {space: Covariance}; None: weights alone. A zip needs scope "full".
+    method: "align" (one-to-one) or "zip" (units also merge inside a model; `within="fixed"` spaces are aligned).
+    balance: share of the weights in the similarity, 0 (activations alone, one visit a space) to 1.
+    width: zip only: merged units of a space, an int, a float share of its width, or {space: either}; None: its width.
+        A share is rounded to whole units in every block.
+    attenuation: zip only: factor on the similarities of a merged unit. budget: zip only: share, 0..1, of the merges
+        that may happen inside one model.
+    seed: of the order in which spaces are visited. max_sweeps, patience: limits of all sweeps, and of sweeps in a row
+        without a better mean value L.
+    start: a plan of the same spec and method whose labels the sweeps begin with, instead of the match by activations.
+    progress: True draws a bar on a terminal, "always" also elsewhere, False never.
+    device: where weights are compared; None: where the statistics are, or else the tensors.
+
+    Returns a MergePlan whose history holds L of every sweep run. Sweeps that cannot change anything are not run, so the
+    history may be shorter than the plain algorithm's, which only repeats its last L. A space that was never matched (no
+    tap at balance 0) keeps its order in every model.
+
+    Raises ValueError or TypeError, naming the argument, model, tensor or space: fewer than two models, missing tensors,
+    shapes that disagree, NaN or inf, tensors that are not floating, an impossible width or budget, statistics of
+    another width, number of models or scope.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_share("balance", balance)
+    check_share("budget", budget, top=None)
+    check_count("max_sweeps", max_sweeps, 0)
+    check_count("patience", patience, 1)
+    wanted(progress)
+    if not spec.spaces:
+        raise ValueError("spec: expected at least one space, got none")
+    weights = Weights(two_or_more(state_dicts), spec) if balance > 0 else None
+    if weights is None and not activations:
+        raise ValueError("activations: balance 0 compares activations alone, but none were given")
+    models = len(state_dicts) if state_dicts else None
+    if activations:
+        models = check_activations(activations, spec, models, full=method == "zip")
+    if models is None:
+        raise ValueError("state_dicts: expected two or more, got none")
+    if start is not None:
+        check_start(start, spec, models, method)
+    widths = merged_widths(spec, method, width, models)
+    where = torch.device(device) if device is not None else None
+    if where is None and activations:
+        where = next(iter(activations.values())).mean.device
+    matcher = Matcher(spec, models, method, weights, activations or {}, balance, widths, attenuation, budget, where)
+    descent = _Descent(matcher)
+    if start is not None:
+        descent.current = {name: Match(labels, start.values.get(name, 0.0)) for name, labels in start.labels.items()}
+    if activations and (start is None or balance == 0):
+        descent.by_activations(progress)
+    history: list[float] = []
+    if balance > 0:
+        history = descent.sweeps(seed, max_sweeps, patience, progress)
+    labels = {name: found.labels for name, found in descent.current.items()}
+    values = {name: found.value for name, found in descent.current.items()}
+    for space in spec.spaces:
+        if space.name not in labels:
+            labels[space.name] = matcher.unmatched(space, descent.current)
+    return MergePlan(spec, labels, method, values, history)
+
+
+class _Descent:
+    """The current matches, and how they change from visit to visit."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self.matcher = matcher
+        self.current: dict[str, Match] = {}
+        spaces = matcher.spec.spaces
+        self._tie_of = {
+            space.name: tuple(s for s in spaces if s is space or (space.tie is not None and s.tie == space.tie))
+            for space in spaces
+        }
+        self._near = {
+            space.name: sorted({near for s in self._tie_of[space.name] for near in matcher.spec.neighbours(s.name)})
+            for space in spaces
+        }
+        self._remembered: dict[tuple[str, ...], OrderedDict[Any, list[Match]]] = {}
+        self._digests: dict[str, tuple[Match, bytes]] = {}
+
+    def by_activations(self, progress: Progress) -> None:
+        """Match every space that has statistics on these alone."""
+        matcher, done = self.matcher, set[str]()
+        with bar("matching activations", len(matcher.activations), progress) as steps:
+            for space in matcher.spec.spaces:
+                if space.name in done or space.name not in matcher.activations:
+                    continue
+                tie = [s for s in self._tie_of[space.name] if s.name in matcher.activations]
+                for member, found in zip(tie, matcher.rematch(tie, {}, balance=0.0), strict=True):
+                    self.current[member.name] = found
+                    done.add(member.name)
+                    steps.advance()
+
+    def sweeps(self, seed: int, max_sweeps: int, patience: int, progress: Progress) -> list[float]:
+        """Sweep until the mean value stops rising; the best matches stay in `current`."""
+        spaces = self.matcher.spec.spaces
+        generator = torch.Generator().manual_seed(seed)
+        history: list[float] = []
+        best, best_value, worse = dict(self.current), -float("inf"), 0
+        with bar("matching", None, progress) as steps:
+            while len(history) < max_sweeps and worse < patience:
+                changed = self._sweep([spaces[k] for k in torch.randperm(len(spaces), generator=generator)], steps)
+                value = sum(self.current[space.name].value for space in spaces) / len(spaces)
+                history.append(value)
+                if value > best_value:
+                    best, best_value, worse = dict(self.current), value, 0
+                else:
+                    self.current, worse = dict(best), worse + 1
+                steps.describe(f"matching, sweep {len(history)}, L {best_value:.4f}")
+                if not changed:
+                    # Every further sweep would find these labels and this L again, whatever its order.
+                    break
+        return history
+
+    def _sweep(self, order: Sequence[Space], steps: Bar) -> bool:
+        changed = False
+        for space in order:
+            tie = self._tie_of[space.name]
+            for member, found in zip(tie, self._visit(tie), strict=True):
+                before = self.current.get(member.name)
+                changed = changed or before is None or not torch.equal(before.labels, found.labels)
+                self.current[member.name] = found
+            steps.advance()
+        return changed
+
+    def _visit(self, tie: tuple[Space, ...]) -> list[Match]:
+        """The tie rematched; remembered where its neighbours have the labels of an earlier visit."""
+        names = tuple(space.name for space in tie)
+        state = tuple(self._digest(near) for near in self._near[names[0]])
+        seen = self._remembered.setdefault(names, OrderedDict())
+        if state in seen:
+            seen.move_to_end(state)
+            return seen[state]
+        found = self.matcher.rematch(tie, self.current)
+        seen[state] = found
+        if len(seen) > _REMEMBERED:
+            seen.popitem(last=False)
+        return found
+
+    def _digest(self, name: str) -> bytes | None:
+        """A short name of a space's current labels; None while it is unmatched."""
+        now = self.current.get(name)
+        if now is None:
+            return None
+        known = self._digests.get(name)
+        if known is None or known[0] is not now:
+            known = now, hashlib.blake2b(now.labels.numpy().tobytes(), digest_size=16).digest()
+            self._digests[name] = known
+        return known[1]

@@ -1,0 +1,91 @@
+"""All steps of a merge in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mudsc_fast.batches import check_batches
+from mudsc_fast.batchnorm import reset_batchnorm, tracked_batchnorms
+from mudsc_fast.calibration import calibrate
+from mudsc_fast.matching import match
+from mudsc_fast.plan import METHODS
+from mudsc_fast.progress import Progress
+
+if TYPE_CHECKING:
+    from mudsc_fast.spec import PermutationSpec
+
+
+def merge_models(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any] | None = None,
+    spec: PermutationSpec | None = None,
+    method: str = "zip",
+    heads: Sequence[Tensor] | None = None,
+    weights: Sequence[float] | None = None,
+    balance: float = 0.5,
+    reset_bn: bool = True,
+    device: torch.device | str | None = None,
+    progress: Progress = True,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Calibrate, match, merge, and recompute batch-norm statistics; the models stay as they are.
+
+    models: two or more modules of one architecture.
+    batches: calibration inputs as for `calibrate`; None: units are compared by their weights alone.
+    spec: None: the one `spec_for` finds for the first model.
+    method: "zip" or "align". heads: known class vectors (classes, features), one a model; not used by these
+        methods.
+    weights: share of every model in the averages. balance and further options: as for `match`.
+    reset_bn: False leaves batch-norm statistics averaged, which without batches is the only choice (a network whose
+        statistics are only averaged is usually at chance).
+    device: where to calibrate and compare; None: where the models are.
+
+    Returns the merged state dict, with model 0's names, dtypes and devices. Raises ValueError or TypeError as the
+    single steps do, and if there are batch-norm layers to reset but no batches.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    models = list(models)
+    if len(models) < 2:
+        raise ValueError(f"models: expected two or more, got {len(models)}")
+    for m, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    reset = reset_bn and bool(tracked_batchnorms(models[0]))
+    if batches is None:
+        if reset:
+            raise ValueError("batches: needed to recompute batch-norm statistics; reset_bn=False merges without")
+        if balance == 0:
+            raise ValueError("batches: balance 0 compares activations alone, but no batches were given")
+    elif isinstance(check_batches(batches), Iterator):
+        # Two passes: calibration and batch norm.
+        batches = list(batches)
+    if spec is None:
+        from mudsc_fast.specs import spec_for
+
+        spec = spec_for(models[0])
+    state_dicts = [model.state_dict() for model in models]
+    activations = None
+    if batches is not None and balance < 1:
+        scope = "full" if method == "zip" else "cross"
+        activations = calibrate(models, batches, spec, scope, device=device, progress=progress)
+    plan = match(state_dicts, spec, activations, method, balance=balance, progress=progress, device=device, **options)
+    merged = plan.merge(state_dicts, weights)
+    if reset and batches is not None:
+        network = copy.deepcopy(models[0])
+        _install(network, merged)
+        reset_batchnorm(network, batches, device=device, progress=progress)
+        merged = {name: tensor.to(merged[name].device) for name, tensor in network.state_dict().items()}
+    return merged
+
+
+def _install(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Give a network tensors that may have other widths than its own, which `load_state_dict` would refuse."""
+    own = network.state_dict(keep_vars=True)
+    for name, tensor in state_dict.items():
+        own[name].data = tensor

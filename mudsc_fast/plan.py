@@ -1,0 +1,163 @@
+"""A finished match: the labels of every space. It can be saved, loaded and applied to checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.averaging import align_tensors, check_weights, merge_tensors
+from mudsc_fast.records import PathLike, read_record, write_record
+from mudsc_fast.spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from mudsc_fast.spec import Space
+
+METHODS = ("align", "zip")
+_KIND = "merge plan"
+
+
+class MergePlan:
+    """The labels of every space of a spec: `labels[space][m, i] = j` says unit i of model m belongs to merged unit j.
+
+    spec: a PermutationSpec.
+    labels: {space: (models, width)} int64, every merged unit 0..max with at least one member; blocks stay together.
+    method: "align" (every row a permutation, model 0's the identity) or "zip".
+    values: {space: match value}, where known. history: the mean value L of every sweep run.
+
+    Raises ValueError or TypeError, naming the space, for labels that are none of that.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        labels: Mapping[str, Tensor],
+        method: str,
+        values: Mapping[str, float] | None = None,
+        history: Sequence[float] = (),
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        unknown = set(labels) - {space.name for space in spec.spaces}
+        if unknown:
+            raise ValueError(f"labels: the spec has no space {sorted(unknown)[0]!r}")
+        self.spec = spec
+        self.method = method
+        self.labels = {space.name: _checked(space, labels, method) for space in spec.spaces}
+        self.values = {name: float(value) for name, value in (values or {}).items()}
+        self.history = [float(value) for value in history]
+        counts = {name: rows.shape[0] for name, rows in self.labels.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"labels: expected one number of models in all spaces, got {counts}")
+        self._models = next(iter(counts.values()), 0)
+
+    @property
+    def models(self) -> int:
+        """Number of models that the plan merges."""
+        return self._models
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """{space: number of merged units}."""
+        return {name: int(labels.max()) + 1 for name, labels in self.labels.items()}
+
+    def __repr__(self) -> str:
+        return f"MergePlan({self.method!r}, {len(self.labels)} spaces, {self.models} models)"
+
+    def merge(
+        self, state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None
+    ) -> dict[str, Tensor]:
+        """The merged state dict (docs/method.md rule 9); see `merge_tensors` for the same one tensor at a time.
+
+        state_dicts: one mapping a model, in the plan's order, with the same names; lazy ones are read tensor by tensor.
+        weights: one share >= 0 a model; None: all alike. A merged unit is the weighted mean of its members on out axes,
+            and their plain sum on in axes, averaged over the models by weight.
+
+        Results have model 0's dtypes and live where model 0's tensors do; sums are taken in float32 (float64 for
+        float64). Integer and bool tensors are model 0's. Raises ValueError for missing tensors, shapes that disagree
+        and NaN or inf in a tensor of the spec; TypeError for a tensor of the spec that is not floating.
+        """
+        return dict(self.merge_tensors(state_dicts, weights))
+
+    def merge_tensors(
+        self, state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, merged tensor) in model 0's order; only one name's tensors are held at a time."""
+        state_dicts = list(state_dicts)
+        if len(state_dicts) != self.models:
+            raise ValueError(f"state_dicts: expected {self.models}, one a model of the plan, got {len(state_dicts)}")
+        shares = check_weights(weights, self.models)
+        return merge_tensors(self.spec, self.labels, self.widths, state_dicts, shares)
+
+    def align(self, state_dict: Mapping[str, Tensor], model: int = 1) -> dict[str, Tensor]:
+        """This model's own function, expressed in model 0's unit order; bit-exact moves, any dtype.
+
+        model: which of the plan's models `state_dict` is. Raises ValueError for a zip plan.
+        """
+        return dict(self.align_tensors(state_dict, model))
+
+    def align_tensors(self, state_dict: Mapping[str, Tensor], model: int = 1) -> Iterator[tuple[str, Tensor]]:
+        """(name, aligned tensor) in the state dict's order, one at a time."""
+        if self.method != "align":
+            raise ValueError(
+                f"align: needs a plan of method 'align', which keeps a model's function; got {self.method!r}"
+            )
+        if not isinstance(model, int) or not 0 <= model < self.models:
+            raise ValueError(f"model: expected 0..{self.models - 1}, got {model!r}")
+        return align_tensors(self.spec, {name: rows[model] for name, rows in self.labels.items()}, state_dict)
+
+    def save(self, path: PathLike) -> None:
+        """Write the plan and its spec to one safetensors file, atomically."""
+        names = list(self.labels)
+        meta = {
+            "method": self.method,
+            "spaces": names,
+            "values": self.values,
+            "history": self.history,
+            "spec": self.spec.to_json(),
+        }
+        write_record(path, _KIND, {str(k): self.labels[name] for k, name in enumerate(names)}, meta)
+
+    @classmethod
+    def load(cls, path: PathLike) -> MergePlan:
+        """The plan that `save` wrote; ValueError if the file is damaged or holds something else."""
+        tensors, header = read_record(path, _KIND)
+        try:
+            spec = PermutationSpec.from_json(header["spec"])
+            labels = {name: tensors[str(k)] for k, name in enumerate(header["spaces"])}
+            return cls(spec, labels, header["method"], header["values"], header["history"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: damaged plan: {error}") from error
+
+
+def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:
+    what = f"labels of space {space.name!r}"
+    if space.name not in labels:
+        raise ValueError(f"{what}: missing")
+    rows = labels[space.name]
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{what}: expected a tensor, got {type(rows).__name__}")
+    if rows.dtype != torch.int64 or rows.ndim != 2 or rows.shape[0] < 2 or rows.shape[1] != space.width:
+        raise ValueError(
+            f"{what}: expected int64 of shape (models >= 2, {space.width}), got {rows.dtype} {tuple(rows.shape)}"
+        )
+    rows = rows.detach().cpu().contiguous()
+    if rows.numel() == 0 or int(rows.min()) < 0:
+        raise ValueError(f"{what}: expected merged units counted from 0")
+    size = int(rows.max()) + 1
+    if size > rows.numel() or not bool((torch.bincount(rows.reshape(-1), minlength=size) > 0).all()):
+        raise ValueError(f"{what}: a merged unit in 0..{size - 1} has no member")
+    order = torch.arange(space.width)
+    if method == "align":
+        if not torch.equal(rows[0], order):
+            raise ValueError(f"{what}: model 0 keeps its order in an align plan")
+        if not bool((rows.sort(dim=1).values == order).all()):
+            raise ValueError(f"{what}: expected a permutation for every model of an align plan")
+    if size % space.blocks:
+        raise ValueError(f"{what}: {size} merged units do not divide into {space.blocks} blocks")
+    blocks = (rows // (size // space.blocks)).reshape(rows.shape[0], space.blocks, -1)
+    if not bool((blocks == blocks[:, :, :1]).all()):
+        raise ValueError(f"{what}: units of one block go to different merged blocks")
+    return rows

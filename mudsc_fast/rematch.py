@@ -1,0 +1,160 @@
+"""Matching one space, or the spaces of one tie, with the others' labels as they stand (docs/method.md rules 2 to 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.assignment import assign, assign_blocks
+from mudsc_fast.axes import columns, split_blocks
+from mudsc_fast.covariance import Covariance
+from mudsc_fast.similarity import Term, dual_similarity
+from mudsc_fast.weights import Weights
+from mudsc_fast.zipping import zip_units
+
+if TYPE_CHECKING:
+    from mudsc_fast.spec import PermutationSpec, Space
+
+
+@dataclass(frozen=True)
+class Match:
+    """The match of one space: labels (models, width) int64 on the CPU, and its value."""
+
+    labels: Tensor
+    value: float
+
+    @property
+    def width(self) -> int:
+        """Number of merged units."""
+        return int(self.labels.max()) + 1
+
+
+@dataclass
+class Matcher:
+    """All that a match of any space needs, apart from the labels.
+
+    weights: None at balance 0. activations: by space; may be empty. widths: merged width of every space that is zipped.
+    """
+
+    spec: PermutationSpec
+    models: int
+    method: str
+    weights: Weights | None
+    activations: Mapping[str, Covariance]
+    balance: float
+    widths: Mapping[str, int]
+    attenuation: float
+    budget: float
+    device: torch.device | None
+    _duals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
+        """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
+        balance = self.balance if balance is None else balance
+        similarities = [self._similarity(space, current, balance) for space in tie]
+        if len(tie) > 1 or tie[0].blocks > 1 or tie[0].within == "fixed":
+            return self._in_blocks(tie, similarities)
+        if self.method == "align":
+            return [self._assigned(tie[0], similarities[0])]
+        return [self._zipped(tie[0], similarities[0], None)]
+
+    def unmatched(self, space: Space, current: Mapping[str, Match]) -> Tensor:
+        """(models, width) labels of a space without anything to compare: units stay, blocks follow the tie."""
+        if self.widths[space.name] != space.width:
+            raise ValueError(
+                f"width: space {space.name!r} has nothing to compare at balance {self.balance}, so it keeps "
+                f"{space.width} units; got {self.widths[space.name]}"
+            )
+        order = torch.arange(space.width).reshape(space.blocks, -1)
+        labels = order.reshape(-1).repeat(self.models, 1)
+        for other in self.spec.spaces:
+            if space.tie is not None and other.tie == space.tie and other.name in current:
+                match = current[other.name]
+                for m in range(self.models):
+                    goes_to, _ = split_blocks(other, match.labels[m], match.width)
+                    labels[m] = order[goes_to].reshape(-1)
+                break
+        return labels
+
+    def _aligned(self, space: Space) -> bool:
+        return self.method == "align" or space.within == "fixed"
+
+    def _similarity(self, space: Space, current: Mapping[str, Match], balance: float) -> Tensor:
+        activation = self.activations.get(space.name) if balance < 1 else None
+        terms = self._terms(space, current) if balance > 0 else []
+        if not terms:
+            activation = self.activations.get(space.name)
+        scope = "cross" if self._aligned(space) else "full"
+        return dual_similarity(terms, activation, balance, scope)
+
+    def _terms(self, space: Space, current: Mapping[str, Match]) -> list[list[Term]]:
+        if self.weights is None:
+            return []
+        terms = []
+        for axis in space.axes:
+            if not axis.compare:
+                continue
+            tensors = [self.weights.finite(m, axis.tensor) for m in range(self.models)]
+            device = self.device or tensors[0].device
+            touching = {other.name for other, _ in self.spec.entries[axis.tensor]}
+            near = {name: found for name, found in current.items() if name in touching}
+            labels = {name: match.labels for name, match in near.items()}
+            widths = {name: match.width for name, match in near.items()}
+            seen = columns(self.spec, space.name, axis, [x.to(device) for x in tensors], labels, widths)
+            terms.append([Term(c.tensor, c.rows, _by_dims(c.labels), _by_dims(c.scale)) for c in seen])
+        return terms
+
+    def _assigned(self, space: Space, similarity: Tensor) -> Match:
+        # The last duals are nearly feasible for a similarity that changed a little.
+        found = assign(similarity, duals=self._duals.get(space.name))
+        self._duals[space.name] = found.duals
+        return Match(_labels_of(found.indices), float(found.value.mean()))
+
+    def _zipped(self, space: Space, similarity: Tensor, pairing: Tensor | None) -> Match:
+        width = self.widths[space.name]
+        try:
+            found = zip_units(
+                similarity, self.models, width, self.attenuation, self.budget, space.blocks, block_indices=pairing
+            )
+        except ValueError as error:
+            raise ValueError(f"space {space.name!r} (width {width}, budget {self.budget}): {error}") from error
+        return Match(found.labels.cpu(), float(found.value))
+
+    def _in_blocks(self, tie: Sequence[Space], similarities: Sequence[Tensor]) -> list[Match]:
+        cross = [
+            similarity if self._aligned(space) else _cross_of(similarity, self.models)
+            for space, similarity in zip(tie, similarities, strict=True)
+        ]
+        found = assign_blocks(cross, tie[0].blocks, [space.within for space in tie])
+        matches = []
+        for space, similarity, part in zip(tie, similarities, found, strict=True):
+            blocks = part.block_indices
+            if self._aligned(space) or blocks is None:
+                matches.append(Match(_labels_of(part.indices), float(part.value.mean())))
+            else:
+                pairing = torch.cat([torch.arange(space.blocks, device=blocks.device)[None], blocks])
+                matches.append(self._zipped(space, similarity, pairing))
+        return matches
+
+
+def _by_dims(values: Mapping[tuple[int, ...], Tensor]) -> dict[int | tuple[int, ...], Tensor]:
+    return {dims[0] if len(dims) == 1 else dims: value for dims, value in values.items()}
+
+
+def _labels_of(indices: Tensor) -> Tensor:
+    """labels[m, indices[m - 1, i]] = i for models m >= 1, model 0 in its own order; on the CPU."""
+    indices = indices.cpu()
+    order = torch.arange(indices.shape[-1])
+    labels = order.repeat(len(indices) + 1, 1)
+    labels[1:].scatter_(1, indices, order.expand_as(indices))
+    return labels
+
+
+def _cross_of(full: Tensor, models: int) -> Tensor:
+    """The blocks (model 0, model m) of a full similarity: (models - 1, width, width), a view."""
+    width = full.shape[0] // models
+    return full.reshape(models, width, models, width)[0, :, 1:].transpose(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ def covers(spec: PermutationSpec, shapes: Shapes, outputs: Iterable[str]) -> boo
     except ValueError:
         return False
     return True
+
+
+def numbers(name: str) -> tuple[int, ...]:
+    """The numbers in a name, by which modules stand in order."""
+    return tuple(int(digits) for digits in re.findall(r"\d+", name))
 
 
 def norm_blocks(norms: Iterable[str], has: Callable[[str], bool], module: nn.Module | None, groups: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
-from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, produced
+from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, numbers, produced
 
 
 def mlp(
@@ -56,12 +56,26 @@ def _stem(name: str) -> str:
 
 def recognise(shapes: Shapes, module: nn.Module | None, hints: Mapping[str, int]) -> PermutationSpec | None:
     """A chain of at least two linear layers, the hidden ones alike but for a rising number, and their norms."""
+    return _recognise_in_order(shapes) or _recognise_in_order(_by_number(shapes))
+
+
+def _by_number(shapes: Shapes) -> Shapes:
+    """Files list their tensors by the alphabet: here by number, a norm after its layer, the layer without one last."""
+
+    def place(name: str) -> tuple[bool, tuple[int, ...], bool, str]:
+        layer = name.rpartition(".")[0]
+        return not numbers(layer), numbers(layer), len(shapes.get(f"{layer}.weight", ())) != 2, name
+
+    return {name: shapes[name] for name in sorted(shapes, key=place)}
+
+
+def _recognise_in_order(shapes: Shapes) -> PermutationSpec | None:
     linear = [n.removesuffix(".weight") for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2]
     others = list(dict.fromkeys(n.rpartition(".")[0] for n in shapes if n.rpartition(".")[0] not in linear))
     if len(linear) < 2 or len({_stem(n) for n in linear[:-1]}) > 1 or any(len(s) > 2 for s in shapes.values()):
         return None
-    numbers = [[int(d) for d in re.findall(r"\d+", n)] for n in linear[:-1]]
-    if numbers != sorted(numbers) or (len(linear) > 2 and not all(numbers)):
+    rising = [numbers(n) for n in linear[:-1]]
+    if rising != sorted(rising) or (len(linear) > 2 and not all(rising)):
         return None
     widths = [shapes[f"{n}.weight"][0] for n in linear[:-1]]
     if any(shapes[f"{n}.weight"][1] != w for n, w in zip(linear[1:], widths, strict=True)):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
-from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, produced
+from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, numbers, produced
 
 _STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
@@ -78,7 +78,10 @@ def _build(
 
 def recognise(shapes: Shapes, module: nn.Module | None, hints: Mapping[str, int]) -> PermutationSpec | None:
     """features.N, convolutions one after the other, then linear layers, and every tensor accounted for."""
-    modules = list(dict.fromkeys(n.rpartition(".")[0] for n in shapes))
+    # Files list their tensors by the alphabet: classifier before features, 10 before 2.
+    modules = sorted(
+        dict.fromkeys(n.rpartition(".")[0] for n in shapes), key=lambda n: (n[:9] != "features.", numbers(n))
+    )
     layers: list[tuple[str, int]] = []
     norms: list[str | None] = []
     convs, before, spatial = 0, 0, 1

@@ -20,7 +20,7 @@ SETUP    = $(PYTHON) scripts/setup_venv.py --venv $(VENV) --torch "$(TORCH)" --r
 PACKAGE := $(STAMPS)/package-$(WERROR)-$(CUDA)
 MINIMUM_COVERAGE := 90
 
-.PHONY: help build demo test lint bench gpu sanitize clean
+.PHONY: help build demo test lint mypy bench gpu sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -66,8 +66,11 @@ lint: $(STAMPS)/with-dev
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m codespell_lib
 
+mypy: $(STAMPS)/with-dev
+	$(PY) -m mypy
+
 bench: $(PACKAGE) $(STAMPS)/with-bench
-	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+	$(PY) -m benchmarks $(ARGS)
 
 gpu:
 	@$(PYTHON) scripts/gpu_check.py

@@ -237,6 +237,51 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     return {total, made};
 }
 
+// ---- assign ----
+
+// similarity is (n, n), (b, n, n) or (a, b, n, n); the rest are contiguous and hold one piece a matrix: start (2, n)
+// duals, indices (n,), out: value, gap, u (n,), v (n,), each for all matrices before the next.
+void assign(const py::object& similarity_obj, const std::optional<py::object>& start_obj, const py::object& indices_obj,
+            const py::object& out_obj, int threads) {
+    TensorArg similarity(similarity_obj, "similarity"), indices(indices_obj, "indices"), out(out_obj, "out");
+    require(!similarity->cuda && similarity->ndim >= 2 && similarity->ndim <= 4,
+            "similarity: expected 2 to 4 dimensions on the CPU");
+    mudsc::AssignArgs a{};
+    const int batch_dims = similarity->ndim - 2;
+    a.dtype = similarity->dtype;
+    a.similarity = similarity->data;
+    a.shape[0] = a.shape[1] = 1;
+    for (int d = 0; d < batch_dims; ++d) {
+        a.shape[2 - batch_dims + d] = similarity->shape[d];
+        a.strides[2 - batch_dims + d] = similarity->strides[d];
+    }
+    a.n = similarity->shape[batch_dims];
+    require(a.n == similarity->shape[batch_dims + 1], "similarity: expected square matrices");
+    a.row_stride = similarity->strides[batch_dims];
+    a.col_stride = similarity->strides[batch_dims + 1];
+    const int64_t problems = a.shape[0] * a.shape[1];
+    std::optional<TensorArg> start;
+    if (start_obj) {
+        start.emplace(*start_obj, "duals");
+        a.start = vector_of<double>(*start, Dtype::f64, problems * 2 * a.n, "duals");
+    }
+    a.indices = vector_of<int64_t>(indices, Dtype::i64, problems * a.n, "indices");
+    a.value = vector_of<double>(out, Dtype::f64, problems * (2 + 2 * a.n), "out");
+    a.gap = a.value + problems;
+    a.u = a.gap + problems;
+    a.v = a.u + problems * a.n;
+    a.threads = threads;
+    SignalPoll signals;
+    a.poll = signals.poll();
+    Status status;
+    {
+        const KernelTable& table = mudsc::kernels();
+        py::gil_scoped_release release;
+        status = table.assign(a);
+    }
+    check(status, "similarity");
+}
+
 // ---- ceilings, for benchmarks ----
 
 // Floating-point operations a second that one thread reaches; 0 where the instruction set has no such instruction.
@@ -291,6 +336,8 @@ PYBIND11_MODULE(_core, m) {
           py::arg("scale"), py::arg("threads"));
     m.def("zip", &zip, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),
           py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"));
+    m.def("assign", &assign, py::arg("similarity"), py::arg("start"), py::arg("indices"), py::arg("out"),
+          py::arg("threads"));
 #ifdef MUDSC_FAST_CUDA_ARCHS
     m.def("regroup_cuda", &regroup_cuda, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"),
           py::arg("members"), py::arg("scale"), py::arg("stream"));

@@ -48,10 +48,27 @@ struct ZipArgs {
     Poll poll;
 };
 
+// assign: for each matrix of a batch the one-to-one match of rows to columns with the largest sum (docs/method.md rule
+// 4).
+struct AssignArgs {
+    Dtype dtype;                   // f32 or f64
+    const void* similarity;        // [shape[0], shape[1], n, n]
+    int64_t shape[2], strides[2];  // of the batch
+    int64_t n, row_stride, col_stride;
+    const double* start;  // [problems, 2, n] duals (u, v) to start from, or null
+    int64_t* indices;     // [problems, n] out: the column of each row
+    double* value;        // [problems] out: mean of the entries taken
+    double* gap;          // [problems] out: sum(u) + sum(v) - sum of the entries taken
+    double *u, *v;        // [problems, n] out: u[i] + v[j] >= similarity[i, j]
+    int threads;
+    Poll poll;
+};
+
 struct KernelTable {
     const char* isa;
     Status (*regroup)(const RegroupArgs&);
     Status (*zip)(const ZipArgs&);
+    Status (*assign)(const AssignArgs&);
     double (*peak_f32)(int64_t iterations, float* sink);   // flop done; for benchmarks
     double (*peak_bf16)(int64_t iterations, float* sink);  // 0 where there is no such instruction
 };

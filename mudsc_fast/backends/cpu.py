@@ -35,3 +35,8 @@ def zip(
     """Zip some units of a similarity; returns the sum of the entries taken and the number of merges made."""
     threads = torch.get_num_threads()
     return _core.zip(similarity, units, model_of, merges, attenuation, budget, block_budget, owner, threads)
+
+
+def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor) -> None:
+    """Solve a batch of assignments; ``out`` takes values, gaps and duals. See ``mudsc_fast.assign``."""
+    _core.assign(similarity, start, indices, out, torch.get_num_threads())

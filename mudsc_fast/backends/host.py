@@ -26,3 +26,8 @@ def zip(
 ) -> tuple[float, int]:
     """Zip some units of a similarity; the index vectors are host memory already."""
     return cpu.zip(similarity.cpu(), units, model_of, merges, attenuation, budget, block_budget, owner)
+
+
+def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor) -> None:
+    """Solve a batch of assignments; the other tensors are host memory already."""
+    cpu.assign(similarity.cpu(), start, indices, out)

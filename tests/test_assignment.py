@@ -1,0 +1,283 @@
+"""assign and assign_blocks against scipy, the float64 reference and their own proof, on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+import mudsc_fast as mf
+
+# Relative to n times the largest magnitude: prices are float64 whatever the matrix holds, so only the sum rounds.
+OPTIMUM = 1e-12
+# u_i + v_j - s_ij, relative to the largest magnitude among s and v: two float64 roundings.
+FEASIBLE = 1e-15
+
+
+def check(similarity: Tensor, result: mf.Assignment, optimal: bool = True) -> None:
+    """One (n, n) problem: a permutation, the value it claims, feasible duals, a gap that proves it, scipy's optimum."""
+    s = similarity.double().numpy()
+    n = len(s)
+    indices = result.indices.numpy()
+    assert result.indices.dtype == torch.int64
+    assert np.array_equal(np.sort(indices), np.arange(n))
+    assert result.value.dtype == result.gap.dtype == torch.float64
+    assert result.value.shape == result.gap.shape == ()
+    size = np.abs(s).max(initial=0)
+    taken = s[np.arange(n), indices]
+    if n == 0:
+        assert float(result.value) == float(result.gap) == 0
+        return
+    assert float(result.value) == pytest.approx(taken.mean(), rel=1e-12, abs=OPTIMUM * size)
+    u, v = (d.numpy() for d in result.duals)
+    largest = max(size, np.abs(v).max())
+    assert (u[:, None] + v[None, :] - s).min() >= -4 * FEASIBLE * largest
+    gap = float(np.sum(u + v[indices] - taken))
+    assert float(result.gap) == pytest.approx(gap, abs=OPTIMUM * n * largest)
+    assert gap <= 1e-6 * np.abs(taken).sum() + OPTIMUM * n * largest
+    if optimal:
+        rows, columns = linear_sum_assignment(s, maximize=True)
+        assert s[rows, columns].sum() - taken.sum() <= OPTIMUM * n * size
+
+
+Maker = Callable[[np.random.Generator, int], np.ndarray]
+KINDS: dict[str, Maker] = {
+    "uniform": lambda r, n: r.random((n, n)),
+    "normal": lambda r, n: r.standard_normal((n, n)),
+    "few values": lambda r, n: r.integers(0, 4, (n, n)).astype(float),
+    "constant": lambda r, n: np.full((n, n), float(r.standard_normal())),
+    "zero": lambda r, n: np.zeros((n, n)),
+    "product": lambda r, n: np.outer(np.arange(n), np.arange(n)).astype(float),
+    "minus product": lambda r, n: -np.outer(np.arange(n), np.arange(n)[::-1]).astype(float),
+    "low rank": lambda r, n: r.standard_normal((n, 2)) @ r.standard_normal((2, n)),
+    "dead rows": lambda r, n: r.random((n, n)) * (r.random(n) < 0.6)[:, None],
+    "dead rows and columns": lambda r, n: r.random((n, n)) * np.outer(r.random(n) < 0.6, r.random(n) < 0.6),
+    "equal rows": lambda r, n: np.tile(r.random(n), (n, 1)),
+    "scaled": lambda r, n: r.standard_normal((n, n)) * 10.0 ** r.integers(-30, 31),
+    "scaled rows": lambda r, n: r.standard_normal((n, n)) * 10.0 ** r.integers(-30, 31, (n, 1)),
+    "offset": lambda r, n: 1000 + 1e-3 * r.random((n, n)),
+    "one large": lambda r, n: np.where(np.eye(n) > 0, 1e20, r.random((n, n))),
+    "permutation": lambda r, n: np.eye(n)[r.permutation(n)],
+    "wars": lambda r, n: 100.0 * (np.arange(n) < n // 2) + 1e-6 * r.random((n, n)),
+}
+
+
+def make(kind: str, n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.from_numpy(KINDS[kind](np.random.default_rng(seed), n)).to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_problems(isa: str, kind: str) -> None:
+    for seed in range(60):
+        n = int(np.random.default_rng(seed).integers(0, 24))
+        dtype = (torch.float32, torch.float64, torch.float32)[seed % 3]
+        similarity = make(kind, n, seed, dtype)
+        check(similarity, mf.assign(similarity))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [63, 64, 65, 97, 128, 131, 200])
+def test_sizes_around_the_runs_of_a_scan(isa: str, kind: str, n: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        similarity = make(kind, n, n, dtype)
+        check(similarity, mf.assign(similarity))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "low rank", "few values", "dead rows and columns", "product"])
+@pytest.mark.parametrize("n", [600, 1100])
+def test_larger_problems(kind: str, n: int) -> None:
+    similarity = make(kind, n, 0)
+    check(similarity, mf.assign(similarity))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(isa: str, dtype: torch.dtype) -> None:
+    for n in (1, 30, 77):
+        similarity = make("normal", n, n).to(dtype)
+        check(similarity, mf.assign(similarity))
+
+
+def test_unique_optimum_is_scipys(isa: str) -> None:
+    for n in (5, 40, 90, 300):
+        similarity = make("normal", n, n)
+        assert np.array_equal(mf.assign(similarity).indices, linear_sum_assignment(similarity, maximize=True)[1])
+
+
+def strided(similarity: Tensor, layout: str) -> Tensor:
+    n = similarity.shape[0]
+    if layout == "transposed":
+        return similarity.T.contiguous().T
+    if layout == "rows apart":
+        return torch.full((n, n + 5), float("nan")).to(similarity)[:, 2 : n + 2].copy_(similarity)
+    if layout == "columns apart":
+        return torch.full((n, 3 * n), float("nan")).to(similarity)[:, 1::3].copy_(similarity)
+    if layout == "transposed, apart":
+        return torch.full((n + 1, 2 * n), float("nan")).to(similarity)[:n, ::2].T.copy_(similarity)
+    return similarity
+
+
+@pytest.mark.parametrize("layout", ["transposed", "rows apart", "columns apart", "transposed, apart"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strides(isa: str, layout: str, dtype: torch.dtype) -> None:
+    for n in (1, 2, 7, 70):
+        similarity = make("normal", n, n, dtype)
+        view = strided(similarity, layout)
+        assert torch.equal(view, similarity)
+        check(similarity, mf.assign(view))
+        check(similarity, mf.assign(view, duals=mf.assign(similarity).duals))
+
+
+def test_expanded_matrix() -> None:
+    row = torch.rand(33)
+    check(row.expand(33, 33), mf.assign(row.expand(33, 33)))
+    check(row[:, None].expand(33, 33), mf.assign(row[:, None].expand(33, 33)))
+
+
+def piece(result: mf.Assignment, at: tuple[int, ...]) -> mf.Assignment:
+    u, v = result.duals
+    return mf.Assignment(result.indices[at], result.value[at], (u[at], v[at]), result.gap[at])
+
+
+@pytest.mark.parametrize("batch", [(1,), (5,), (2, 3), (2, 1, 3)])
+def test_batches(isa: str, batch: tuple[int, ...]) -> None:
+    for n in (0, 1, 9, 66):
+        similarity = torch.rand(*batch, n, n, generator=torch.Generator().manual_seed(n))
+        result = mf.assign(similarity)
+        assert result.indices.shape == result.duals[0].shape == result.duals[1].shape == (*batch, n)
+        assert result.value.shape == result.gap.shape == batch
+        again = mf.assign(similarity, duals=result.duals)
+        for at in np.ndindex(*batch):
+            check(similarity[at], piece(result, at))
+            check(similarity[at], piece(again, at))
+            assert torch.equal(result.indices[at], mf.assign(similarity[at]).indices)
+
+
+def test_empty_batch() -> None:
+    result = mf.assign(torch.rand(0, 4, 4))
+    assert result.indices.shape == (0, 4)
+    assert result.value.shape == result.gap.shape == (0,)
+
+
+def test_a_batch_of_strided_views_is_not_copied() -> None:
+    similarity = make("normal", 60, 1)
+    view = similarity.view(4, 15, 4, 15).transpose(1, 2)
+    result = mf.assign(view)
+    for a in range(4):
+        for b in range(4):
+            check(similarity[15 * a : 15 * a + 15, 15 * b : 15 * b + 15], piece(result, (a, b)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_starting_duals_do_not_change_the_value(isa: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 2, 20, 80):
+        similarity = make(kind, n, n)
+        size = float(similarity.abs().max())
+        u, v = mf.assign(similarity).duals
+        noise = torch.randn(n, generator=generator, dtype=torch.float64)
+        starts = [
+            (u, v),
+            (u, v + 0.01 * size * noise),
+            (u, size * noise),
+            (u, 1e6 * size * noise),
+            (noise, 1e30 * noise),
+        ]
+        for start in [*starts, (u, v + 0.01 * size * noise), (noise, 1e30 * noise), (noise * 1e300, noise * 1e300)]:
+            check(similarity, mf.assign(similarity, duals=start))
+            check(similarity.T, mf.assign(similarity.T, duals=start[::-1]))
+
+
+def test_duals_of_a_similar_problem(isa: str) -> None:
+    similarity = make("low rank", 150, 0)
+    duals = mf.assign(similarity).duals
+    moved = similarity + 0.01 * make("normal", 150, 1)
+    check(moved, mf.assign(moved, duals=duals))
+    check(moved, mf.assign(moved, duals=tuple(d.float() for d in duals)))
+
+
+def test_the_result_does_not_depend_on_threads(threads: int) -> None:
+    for n, kind in ((200, "low rank"), (1100, "uniform"), (1100, "few values")):
+        similarity = make(kind, n, 0)
+        result = mf.assign(similarity)
+        batch = mf.assign(similarity[:192, :192].reshape(3, 64, 3, 64).transpose(1, 2))
+        torch.set_num_threads(1)
+        alone = mf.assign(similarity)
+        batch_alone = mf.assign(similarity[:192, :192].reshape(3, 64, 3, 64).transpose(1, 2))
+        torch.set_num_threads(threads)
+        for got, expected in ((result, alone), (batch, batch_alone)):
+            assert torch.equal(got.indices, expected.indices)
+            assert torch.equal(got.duals[0], expected.duals[0])
+            assert torch.equal(got.duals[1], expected.duals[1])
+            assert torch.equal(got.value, expected.value)
+            assert torch.equal(got.gap, expected.gap)
+
+
+def test_float64_at_the_ends_of_its_range(isa: str) -> None:
+    for scale in (1e-310, 1e-290, 1e290, 1.7e308):
+        similarity = make("uniform", 30, 3, torch.float64)
+        expected = linear_sum_assignment(similarity, maximize=True)[1]
+        result = mf.assign((2 * similarity - 1) * scale)
+        if scale > 1e-300:  # subnormal entries round
+            assert np.array_equal(result.indices, expected)
+        assert bool(torch.isfinite(result.value))
+
+
+def test_float32_at_the_ends_of_its_range(isa: str) -> None:
+    for scale in (1e-40, 1e-36, 3e38):
+        similarity = ((2 * make("uniform", 70, 3, torch.float64) - 1) * scale).float()
+        check(similarity, mf.assign(similarity))
+
+
+def test_inputs_are_not_changed_and_gradients_are_detached() -> None:
+    similarity = make("normal", 40, 0).requires_grad_()
+    before = similarity.detach().clone()
+    result = mf.assign(similarity, duals=(torch.zeros(40), torch.zeros(40)))
+    assert torch.equal(similarity.detach(), before)
+    assert not result.value.requires_grad
+
+
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("n", [1, 3, 64, 70, 200])
+def test_non_finite_entries_are_refused(isa: str, entry: float, n: int) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for at in {0, n // 2, n - 1}:
+            similarity = torch.rand(n, n).to(dtype)
+            similarity[n - 1 - at, at] = entry
+            for view in (similarity, similarity.T, similarity.expand(2, n, n)):
+                with pytest.raises(ValueError, match="similarity: expected finite values, got NaN or infinity"):
+                    mf.assign(view)
+
+
+S = torch.zeros(3, 3)
+V = torch.zeros(3)
+BAD: list[tuple[str, Callable[[], object], type[Exception], str]] = [
+    ("rectangular", lambda: mf.assign(torch.zeros(3, 4)), ValueError, r"similarity: .*square.*\(3, 4\)"),
+    ("vector", lambda: mf.assign(V), ValueError, r"similarity: .*square.*\(3,\)"),
+    ("integers", lambda: mf.assign(S.long()), TypeError, "similarity: .*floating.*int64"),
+    ("complex", lambda: mf.assign(S.to(torch.complex64)), TypeError, "similarity: .*floating.*complex64"),
+    ("list", lambda: mf.assign([[1.0]]), TypeError, "similarity: .*Tensor.*list"),  # type: ignore[arg-type]
+    ("one dual", lambda: mf.assign(S, duals=V), TypeError, r"duals: .*pair"),  # type: ignore[arg-type]
+    ("short duals", lambda: mf.assign(S, duals=(V, V[:2])), ValueError, r"duals: .*v of shape \(3,\), got \(2,\)"),
+    ("batch duals", lambda: mf.assign(S[None], duals=(V, V)), ValueError, r"duals: .*\(1, 3\), got \(3,\)"),
+    ("integer duals", lambda: mf.assign(S, duals=(V.long(), V)), TypeError, "duals: .*floating"),
+    ("NaN duals", lambda: mf.assign(S, duals=(V, V / 0)), ValueError, "duals: .*finite"),
+    ("backend", lambda: mf.assign(S, backend="abacus"), ValueError, "backend: .*abacus"),
+    ("blocks", lambda: mf.assign_blocks(S, 2), ValueError, "blocks: .*divisor of 3 units, got 2"),
+    ("no blocks", lambda: mf.assign_blocks(S, 0), ValueError, "blocks: .*got 0"),
+    ("within", lambda: mf.assign_blocks(S, 3, within="loose"), ValueError, "within: .*loose"),
+    ("within list", lambda: mf.assign_blocks([S], 3, within=["free", "free"]), ValueError, r"within: .*\(1\), got 2"),
+    ("no spaces", lambda: mf.assign_blocks([], 3), ValueError, "within|similarity"),
+    ("tied batches", lambda: mf.assign_blocks([S, S[None]], 3), ValueError, "similarity: .*batch"),
+    ("NaN, free", lambda: mf.assign_blocks(S / 0, 3), ValueError, "similarity: .*finite"),
+    ("NaN, fixed", lambda: mf.assign_blocks(S / 0, 3, within="fixed"), ValueError, "similarity: .*finite"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

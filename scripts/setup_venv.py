@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -23,9 +22,6 @@ except ImportError:  # Python 3.10: pip always carries the same parser
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_TOOLS = ["cmake>=3.24", "ninja>=1.10"]  # scikit-build-core asks for them only in isolated builds
 
-SITE_FOLDERS = (
-    "import json, sysconfig; print(json.dumps(sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})))"
-)
 SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
 
 
@@ -36,14 +32,19 @@ def sees_gpu(python: str) -> bool:
 
 def create(venv: Path, reuse: bool) -> None:
     """Makes an empty environment; with `reuse`, one that also sees the packages of the Python that runs this script."""
-    subprocess.run(
-        [sys.executable, "-m", "venv", *(["--system-site-packages"] if reuse else []), str(venv)], check=True
+    # A pip and setuptools of its own would hide the parent's setuptools, and torch may need the newer one.
+    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if reuse else []), str(venv)], check=True)
+    if not reuse:
+        return
+    # --system-site-packages skips the packages of a parent that is itself a virtual environment; a .pth does not.
+    python = str(venv / "bin/python")
+    folders = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+    inside = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     )
-    if reuse:
-        # --system-site-packages skips the packages of a parent that is itself a virtual environment; a .pth does not.
-        folders = json.loads(subprocess.check_output([sys.executable, "-c", SITE_FOLDERS], text=True))
-        inside = json.loads(subprocess.check_output([str(venv / "bin/python"), "-c", SITE_FOLDERS], text=True))
-        Path(inside[0], "parent_packages.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")
+    Path(inside.strip(), "parent_packages.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode != 0:
+        subprocess.run([python, "-m", "ensurepip"], check=True)
 
 
 def declared(extras: list[str]) -> list[str]:

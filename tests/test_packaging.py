@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -74,7 +73,7 @@ def _fresh_environment(folder: Path) -> Path:
     python = folder / "bin/python"
     inside = _run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder.parent).strip()
     # Folders named in a .pth file are searched last, and their own .pth files are not read: no editable install.
-    parents = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    parents = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
     Path(inside, "libraries.pth").write_text("\n".join(parents) + "\n", encoding="utf-8")
     return python
 

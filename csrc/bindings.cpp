@@ -7,6 +7,7 @@
 #include <chrono>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -300,6 +301,231 @@ double peak_flops(bool bf16) {
     return best;
 }
 
+// ---- covariance ----
+
+// A contiguous CPU tensor of a known number of elements, whatever its shape.
+template <typename T>
+T* flat_of(const TensorArg& t, Dtype dtype, int64_t length, const char* name) {
+    int64_t expected = 1;
+    bool contiguous = !t->cuda && t->dtype == dtype && t->numel() == length;
+    for (int d = t->ndim - 1; d >= 0; --d) {
+        contiguous = contiguous && (t->shape[d] == 1 || t->strides[d] == expected);
+        expected *= t->shape[d];
+    }
+    if (!contiguous) {
+        throw py::value_error(std::string(name) + ": expected a contiguous CPU tensor of " + std::to_string(length) +
+                              " elements");
+    }
+    return t->as<T>();
+}
+
+// (panels, blocks) of a covariance: how long its vectors (48 a panel) and its products (48 x 48 a block) are.
+std::pair<int64_t, int64_t> covariance_sizes(int64_t width, int64_t models, bool cross) {
+    require(width > 0 && models > 0 && models <= mudsc::kMaxModels, "covariance: width or models out of range");
+    const int64_t p = mudsc::kGramPanel, rows = ((cross ? width : width * models) + p - 1) / p;
+    if (!cross) return {rows, rows * (rows + 1) / 2};
+    const int64_t columns = (width * (models - 1) + p - 1) / p;
+    return {rows + columns, rows * columns};
+}
+
+// The accumulators of one covariance: borrows the tensors that Python owns, for as long as it lives.
+class CovarianceBuffers {
+  public:
+    CovarianceBuffers(int64_t width, int64_t models, bool cross, const py::object& gram, const py::object& panels,
+                      const py::object& vectors, const py::object& raw, const py::object& counts)
+        : gram_(gram, "gram"),
+          panels_(panels, "panels"),
+          vectors_(vectors, "vectors"),
+          raw_(raw, "raw"),
+          counts_(counts, "counts") {
+        const auto [n_panels, n_blocks] = covariance_sizes(width, models, cross);
+        const int64_t lanes = n_panels * mudsc::kGramPanel;
+        state_.dtype = panels_->dtype;
+        require(state_.dtype == Dtype::f32 || state_.dtype == Dtype::f64, "panels: expected float32 or float64");
+        state_.width = width;
+        state_.models = models;
+        state_.cross = cross;
+        state_.gram = flat_of<double>(gram_, Dtype::f64, n_blocks * mudsc::kGramPanel * mudsc::kGramPanel, "gram");
+        state_.panels = flat_of<void>(panels_, state_.dtype, lanes * mudsc::kGramDepth, "panels");
+        double* vectors_data = flat_of<double>(vectors_, Dtype::f64, 4 * lanes, "vectors");
+        state_.shift = vectors_data;
+        state_.scale = vectors_data + lanes;
+        state_.sums = vectors_data + 2 * lanes;
+        state_.squares = vectors_data + 3 * lanes;
+        state_.raw = flat_of<uint8_t>(raw_, Dtype::u8, n_panels, "raw");
+        state_.counts = flat_of<int64_t>(counts_, Dtype::i64, 2, "counts");
+        require(state_.counts[1] >= 0 && state_.counts[1] < mudsc::kGramDepth && state_.counts[0] >= state_.counts[1],
+                "counts: out of range");
+    }
+
+    // features: one tensor a model with `width` entries along dim; the other dims are samples, paired in row-major
+    // order.
+    void update(const std::vector<py::object>& features, int dim, int threads) {
+        require(static_cast<int64_t>(features.size()) == state_.models, "features: expected one tensor a model");
+        std::vector<TensorArg> tensors;
+        std::vector<mudsc::CovarianceSource> sources(features.size());
+        tensors.reserve(features.size());
+        int64_t samples = 0;
+        for (size_t m = 0; m < features.size(); ++m) {
+            const TensorArg& x = tensors.emplace_back(features[m], "features");
+            require(!x->cuda && dim >= 0 && dim < x->ndim && x->shape[dim] == state_.width,
+                    "features: wrong device or width");
+            mudsc::CovarianceSource& source = sources[m];
+            source.dtype = x->dtype;
+            source.data = x->data;
+            source.unit_stride = x->strides[dim];
+            int64_t count = 1;
+            for (int d = 0; d < x->ndim; ++d) {
+                if (d == dim) continue;
+                source.shape[source.ndim] = x->shape[d];
+                source.strides[source.ndim++] = x->strides[d];
+                count *= x->shape[d];
+            }
+            require(m == 0 || count == samples, "features: expected as many samples from every model");
+            samples = count;
+        }
+        run([&](const KernelTable& table) {
+            return table.covariance_update(mudsc::CovarianceUpdateArgs{&state_, sources.data(), samples, threads});
+        });
+    }
+    void flush(int threads) {
+        run([&](const KernelTable& table) { return table.covariance_flush(state_, threads); });
+    }
+    void merge(const CovarianceBuffers& other, int threads) {
+        const mudsc::CovarianceState& o = other.state_;
+        require(
+            o.width == state_.width && o.models == state_.models && o.cross == state_.cross && o.dtype == state_.dtype,
+            "other: expected a covariance of the same kind");
+        require(o.counts[1] == 0 && state_.counts[1] == 0, "merge: samples are pending");
+        run([&](const KernelTable& table) {
+            return table.covariance_merge(mudsc::CovarianceMergeArgs{&state_, &o, threads});
+        });
+    }
+    void rebase(const py::object& shift_obj, const py::object& scale_obj, int threads) {
+        TensorArg shift(shift_obj, "shift"), scale(scale_obj, "scale");
+        const int64_t lanes = raw_->shape[0] * mudsc::kGramPanel;
+        const double *to = vector_of<double>(shift, Dtype::f64, lanes, "shift"),
+                     *by = vector_of<double>(scale, Dtype::f64, lanes, "scale");
+        require(state_.counts[1] == 0, "rebase: samples are pending");
+        run([&](const KernelTable& table) { return table.covariance_rebase(state_, to, by, threads); });
+    }
+    const mudsc::CovarianceState& state() const { return state_; }
+
+  private:
+    template <typename Fn>
+    static void run(const Fn& fn) {
+        Status status;
+        {
+            const KernelTable& table = mudsc::kernels();
+            py::gil_scoped_release release;
+            status = fn(table);
+        }
+        check(status, "covariance");
+    }
+
+    TensorArg gram_, panels_, vectors_, raw_, counts_;
+    mudsc::CovarianceState state_{};
+};
+
+// ---- similarity ----
+
+// One term of one model: (tensor, unit_off, off, ptr or None, scale or None); offsets are elements from the tensor's
+// first. The tables are made by Python from the tensor's strides; every offset is checked against its memory.
+using SimilarityTermTuple =
+    std::tuple<py::object, py::object, py::object, std::optional<py::object>, std::optional<py::object>>;
+
+int64_t largest_offset(const int64_t* offsets, int64_t n, const char* name) {
+    int64_t largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (offsets[i] < 0) throw py::value_error(std::string(name) + ": expected offsets of at least 0");
+        largest = std::max(largest, offsets[i]);
+    }
+    return largest;
+}
+
+mudsc::SimilarityTerm similarity_term(const SimilarityTermTuple& tuple, int64_t n, std::vector<TensorArg>& keep) {
+    keep.reserve(keep.size() + 5);
+    mudsc::SimilarityTerm term{};
+    const TensorArg& tensor = keep.emplace_back(std::get<0>(tuple), "terms");
+    require(!tensor->cuda, "terms: expected CPU tensors");
+    term.dtype = tensor->dtype;
+    term.data = tensor->data;
+    int64_t last = tensor->numel() == 0 ? -1 : 0;
+    for (int d = 0; d < tensor->ndim && last >= 0; ++d) last += (tensor->shape[d] - 1) * tensor->strides[d];
+    const TensorArg& units = keep.emplace_back(std::get<1>(tuple), "unit_off");
+    term.unit_off = vector_of<int64_t>(units, Dtype::i64, n, "unit_off");
+    const TensorArg& off = keep.emplace_back(std::get<2>(tuple), "off");
+    require(off->ndim == 1, "off: expected a vector");
+    term.columns = off->shape[0];
+    const int64_t members = off->shape[0];
+    term.off = vector_of<int64_t>(off, Dtype::i64, members, "off");
+    require(n == 0 || members == 0 ||
+                largest_offset(term.unit_off, n, "unit_off") + largest_offset(term.off, members, "off") <= last,
+            "terms: an offset lies outside the tensor");
+    if (std::get<3>(tuple)) {
+        const TensorArg& ptr = keep.emplace_back(*std::get<3>(tuple), "ptr");
+        require(ptr->ndim == 1 && ptr->shape[0] > 0, "ptr: expected a vector");
+        term.columns = ptr->shape[0] - 1;
+        term.ptr = vector_of<int64_t>(ptr, Dtype::i64, term.columns + 1, "ptr");
+        require(term.ptr[0] == 0 && term.ptr[term.columns] == members, "ptr: expected to span all members");
+        for (int64_t c = 0; c < term.columns; ++c) require(term.ptr[c] <= term.ptr[c + 1], "ptr: must not fall");
+    }
+    if (std::get<4>(tuple)) {
+        const TensorArg& scale = keep.emplace_back(*std::get<4>(tuple), "scale");
+        term.scale = vector_of<double>(scale, Dtype::f64, term.columns, "scale");
+    }
+    return term;
+}
+
+// Fills out; returns the index of a term that is not finite (-1: the activation sums are not), or None.
+std::optional<int64_t> similarity(const std::vector<std::vector<SimilarityTermTuple>>& term_tuples, int64_t n,
+                                  int64_t models, bool cross, double balance, const CovarianceBuffers* activation,
+                                  const py::object& out_obj, int threads) {
+    TensorArg out(out_obj, "out");
+    require(n > 0 && models > 1 && models <= mudsc::kMaxModels, "similarity: n or models out of range");
+    std::vector<TensorArg> keep;
+    std::vector<mudsc::SimilarityTerm> terms;
+    keep.reserve(term_tuples.size() * static_cast<size_t>(models) * 5);
+    for (const auto& entries : term_tuples) {
+        require(static_cast<int64_t>(entries.size()) == models, "terms: expected one entry a model");
+        const size_t first = terms.size();
+        for (const auto& tuple : entries) {
+            terms.push_back(similarity_term(tuple, n, keep));
+            require(terms.back().columns == terms[first].columns, "terms: models differ in columns");
+        }
+    }
+    mudsc::SimilarityArgs a{};
+    a.dtype = out->dtype;
+    a.n = n;
+    a.models = models;
+    a.cross = cross;
+    a.terms = terms.data();
+    a.term_count = static_cast<int64_t>(term_tuples.size());
+    a.balance = balance;
+    if (activation != nullptr) {
+        a.activation = &activation->state();
+        require(a.activation->width == n && a.activation->models == models && (cross || !a.activation->cross),
+                "activation: another width, number of models or scope");
+        require(a.activation->counts[0] > 0 && a.activation->counts[1] == 0,
+                "activation: no samples, or some are pending");
+    }
+    a.out = flat_of<void>(out, out->dtype, cross ? (models - 1) * n * n : models * n * models * n, "out");
+    int64_t bad = -1;
+    a.bad_term = &bad;
+    a.threads = threads;
+    SignalPoll signals;
+    a.poll = signals.poll();
+    Status status;
+    {
+        const KernelTable& table = mudsc::kernels();
+        py::gil_scoped_release release;
+        status = table.similarity(a);
+    }
+    if (status == Status::not_finite) return bad;
+    check(status, "similarity");
+    return std::nullopt;
+}
+
 // ---- what this build is ----
 
 py::dict build_info() {
@@ -338,6 +564,20 @@ PYBIND11_MODULE(_core, m) {
           py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"));
     m.def("assign", &assign, py::arg("similarity"), py::arg("start"), py::arg("indices"), py::arg("out"),
           py::arg("threads"));
+    m.attr("gram_panel") = mudsc::kGramPanel;
+    m.attr("gram_depth") = mudsc::kGramDepth;
+    m.def("covariance_sizes", &covariance_sizes, py::arg("width"), py::arg("models"), py::arg("cross"));
+    py::class_<CovarianceBuffers>(m, "CovarianceBuffers")
+        .def(py::init<int64_t, int64_t, bool, const py::object&, const py::object&, const py::object&,
+                      const py::object&, const py::object&>(),
+             py::arg("width"), py::arg("models"), py::arg("cross"), py::arg("gram"), py::arg("panels"),
+             py::arg("vectors"), py::arg("raw"), py::arg("counts"))
+        .def("update", &CovarianceBuffers::update, py::arg("features"), py::arg("dim"), py::arg("threads"))
+        .def("flush", &CovarianceBuffers::flush, py::arg("threads"))
+        .def("merge", &CovarianceBuffers::merge, py::arg("other"), py::arg("threads"))
+        .def("rebase", &CovarianceBuffers::rebase, py::arg("shift"), py::arg("scale"), py::arg("threads"));
+    m.def("similarity", &similarity, py::arg("terms"), py::arg("n"), py::arg("models"), py::arg("cross"),
+          py::arg("balance"), py::arg("activation"), py::arg("out"), py::arg("threads"));
 #ifdef MUDSC_FAST_CUDA_ARCHS
     m.def("regroup_cuda", &regroup_cuda, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"),
           py::arg("members"), py::arg("scale"), py::arg("stream"));

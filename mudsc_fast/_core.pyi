@@ -28,3 +28,36 @@ def zip(
     threads: int,
 ) -> tuple[float, int]: ...
 def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor, threads: int) -> None: ...
+
+gram_panel: int
+gram_depth: int
+
+def covariance_sizes(width: int, models: int, cross: bool) -> tuple[int, int]: ...
+
+class CovarianceBuffers:
+    def __init__(
+        self,
+        width: int,
+        models: int,
+        cross: bool,
+        gram: Tensor,
+        panels: Tensor,
+        vectors: Tensor,
+        raw: Tensor,
+        counts: Tensor,
+    ) -> None: ...
+    def update(self, features: list[Tensor], dim: int, threads: int) -> None: ...
+    def flush(self, threads: int) -> None: ...
+    def merge(self, other: CovarianceBuffers, threads: int) -> None: ...
+    def rebase(self, shift: Tensor, scale: Tensor, threads: int) -> None: ...
+
+def similarity(
+    terms: list[list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]],
+    n: int,
+    models: int,
+    cross: bool,
+    balance: float,
+    activation: CovarianceBuffers | None,
+    out: Tensor,
+    threads: int,
+) -> int | None: ...

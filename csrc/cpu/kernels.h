@@ -64,6 +64,75 @@ struct AssignArgs {
     Poll poll;
 };
 
+constexpr int kGramPanel = 48;       // units of a packed panel, and of a block of accumulated products
+constexpr int64_t kGramDepth = 512;  // samples that a panel has room for
+constexpr int kMaxModels = 1 << 15;
+
+// Streaming covariance: sums over samples of y_i y_j with y = (x - shift) * scale, by unit. Vectors are in panel order:
+// "full" stacks the units of all models; "cross" puts model 0 in panels of its own and stacks models 1.. behind them.
+struct CovarianceState {
+    Dtype dtype;  // f32 or f64: of panels and of the products
+    int64_t width, models;
+    bool cross;
+    double* gram;     // 48 x 48 blocks: full: those on and above the diagonal; cross: model 0 x the others
+    void* panels;     // [panels][kGramDepth][48] packed samples that are not in gram yet
+    double* shift;    // [panels * 48], representable in dtype
+    double* scale;    // [panels * 48] powers of two
+    double* sums;     // [panels * 48] of y, pending samples included
+    double* squares;  // [panels * 48] of y * y, pending samples included
+    uint8_t* raw;     // [panels] 1: the pending samples of this panel are pairs of bf16, not shifted
+    int64_t* counts;  // [2] samples seen; of these pending
+};
+
+struct CovarianceSource {
+    Dtype dtype;
+    const void* data;
+    int64_t unit_stride;
+    int ndim;  // of the samples
+    int64_t shape[kMaxDims], strides[kMaxDims];
+};
+
+struct CovarianceUpdateArgs {
+    CovarianceState* state;
+    const CovarianceSource* sources;  // [models]
+    int64_t samples;                  // the product of each source's shape
+    int threads;
+};
+
+// self += other, both without pending samples and of one dtype and layout.
+struct CovarianceMergeArgs {
+    CovarianceState* self;
+    const CovarianceState* other;
+    int threads;
+};
+
+// weight similarity: element (unit, column) of a term is scale[column] * sum over p in [ptr[column], ptr[column + 1])
+// of data[unit_off[unit] + off[p]]; without ptr the one at off[column].
+struct SimilarityTerm {
+    Dtype dtype;
+    const void* data;
+    const int64_t* unit_off;  // [n]
+    int64_t columns;
+    const int64_t* off;
+    const int64_t* ptr;   // [columns + 1] or null
+    const double* scale;  // [columns] or null
+};
+
+// out = balance * (correlation of the terms' rows) + (1 - balance) * (correlation by activations).
+struct SimilarityArgs {
+    Dtype dtype;                  // f32 or f64: of out
+    int64_t n, models;            // units a model
+    bool cross;                   // out: [models - 1][n][n], else [models * n][models * n]
+    const SimilarityTerm* terms;  // [term_count][models]; columns agree among models
+    int64_t term_count;
+    double balance;
+    const CovarianceState* activation;  // null: weights alone
+    void* out;
+    int64_t* bad_term;  // out: the term that is not finite
+    int threads;
+    Poll poll;
+};
+
 struct KernelTable {
     const char* isa;
     Status (*regroup)(const RegroupArgs&);
@@ -71,6 +140,11 @@ struct KernelTable {
     Status (*assign)(const AssignArgs&);
     double (*peak_f32)(int64_t iterations, float* sink);   // flop done; for benchmarks
     double (*peak_bf16)(int64_t iterations, float* sink);  // 0 where there is no such instruction
+    Status (*covariance_update)(const CovarianceUpdateArgs&);
+    Status (*covariance_flush)(CovarianceState&, int threads);  // multiplies the pending samples
+    Status (*covariance_merge)(const CovarianceMergeArgs&);
+    Status (*covariance_rebase)(CovarianceState&, const double* shift, const double* scale, int threads);
+    Status (*similarity)(const SimilarityArgs&);
 };
 
 // The kernels of the instruction set in use: the best that this CPU runs, or the one that MUDSC_FAST_ISA names.

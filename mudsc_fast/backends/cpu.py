@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from mudsc_fast import _core
+from mudsc_fast.backends.cpu_covariance import CpuCovariance, similarity_shape
+
+if TYPE_CHECKING:
+    from mudsc_fast.covariance import Covariance
+    from mudsc_fast.similarity import Table
 
 # Types that DLPack or the kernels do not know are moved as integers of the same size.
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -40,3 +47,37 @@ def zip(
 def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor) -> None:
     """Solve a batch of assignments; ``out`` takes values, gaps and duals. See ``mudsc_fast.assign``."""
     _core.assign(similarity, start, indices, out, torch.get_num_threads())
+
+
+def covariance(width: int, models: int, cross: bool, device: torch.device) -> CpuCovariance:
+    """Make the empty accumulators of a ``mudsc_fast.Covariance``."""
+    return CpuCovariance(width, models, cross, device)
+
+
+def similarity(
+    tables: list[list[Table]],
+    width: int,
+    models: int,
+    cross: bool,
+    balance: float,
+    activation: Covariance | None,
+    device: torch.device,
+) -> Tensor:
+    """Blend the similarities by weights and by activations; see ``mudsc_fast.dual_similarity``."""
+    sums = None
+    wide = any(table[0].dtype == torch.float64 for row in tables for table in row)
+    if activation is not None and isinstance(activation._sums, CpuCovariance):
+        sums = activation._sums
+        sums.flush()
+        wide = wide or sums.dtype == torch.float64
+    out = torch.empty(similarity_shape(width, models, cross), dtype=torch.float64 if wide else torch.float32)
+    buffers = None if sums is None else sums.buffers
+    bad = _core.similarity(tables, width, models, cross, balance, buffers, out, torch.get_num_threads())
+    if bad == -1:
+        raise ValueError("activation: expected magnitudes whose squares float32 can sum, got larger ones; use float64")
+    if bad is not None:
+        raise ValueError(f"terms[{bad}]: expected finite weights, got NaN or infinity")
+    if activation is not None and sums is None:
+        by_activation = activation.correlation_blocks("cross" if cross else "full").to(out.device)
+        out = out.to(by_activation.dtype).mul_(balance).add_(by_activation, alpha=1.0 - balance)
+    return out.to(device)

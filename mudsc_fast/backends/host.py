@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
 from mudsc_fast.backends import cpu
+
+if TYPE_CHECKING:
+    from mudsc_fast.covariance import Covariance
+    from mudsc_fast.similarity import Table
 
 
 def regroup(tensor: Tensor, out: Tensor, dim: int, ptr: Tensor, members: Tensor, scale: Tensor | None) -> None:
@@ -31,3 +38,23 @@ def zip(
 def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor) -> None:
     """Solve a batch of assignments; the other tensors are host memory already."""
     cpu.assign(similarity.cpu(), start, indices, out)
+
+
+def similarity(
+    tables: list[list[Table]],
+    width: int,
+    models: int,
+    cross: bool,
+    balance: float,
+    activation: Covariance | None,
+    device: torch.device,
+) -> Tensor:
+    """Similarity of CUDA tensors; tables are host memory already, the result goes to ``device``."""
+    moved = [[(_to_host(table[0]), *table[1:]) for table in row] for row in tables]
+    return cpu.similarity(moved, width, models, cross, balance, activation, device)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, so that offsets stay right."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return copy.copy_(tensor)

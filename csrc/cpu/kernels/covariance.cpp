@@ -1,0 +1,389 @@
+// Streaming covariance: batches are packed, shifted by each unit's first mean, into panels; full panels are multiplied
+// into the accumulated products. Sums and sums of squares are float64.
+#include "cpu/kernels/covariance.h"
+
+#include "cpu/kernels/pack.h"
+
+namespace mudsc {
+namespace MUDSC_ISA {
+namespace {
+
+// Largest |mean - shift| / deviation that accumulators keep: rounding errors of the products grow with 1 + its square.
+constexpr double kDrift = 1.0;
+// The same for bf16 samples multiplied as they are (shift 0): with 2, errors stay below 1e-5 after 10^6 samples.
+constexpr double kRawDrift = 2.0;
+// Largest exponent of a spread that float32 products take without scaling: squares of sums stay far from its limits.
+constexpr int kPlainExponent = 30;
+
+// Offsets of samples [first, first + n) of one source, in row-major order of its sample dims.
+void sample_offsets(const CovarianceSource& source, int64_t first, int64_t n, int64_t* off) {
+    int64_t index[kMaxDims], at = 0, rest = first;
+    for (int d = source.ndim - 1; d >= 0; --d) {
+        index[d] = rest % source.shape[d];
+        rest /= source.shape[d];
+        at += index[d] * source.strides[d];
+    }
+    for (int64_t k = 0; k < n; ++k) {
+        off[k] = at;
+        for (int d = source.ndim - 1; d >= 0; --d) {
+            at += source.strides[d];
+            if (++index[d] < source.shape[d]) break;
+            at -= index[d] * source.strides[d];
+            index[d] = 0;
+        }
+    }
+}
+
+template <typename T>
+class Accumulator {
+  public:
+    Accumulator(CovarianceState& state, int threads) : s_(state), layout_(state), threads_(threads) {}
+
+    Status update(const CovarianceSource* sources, int64_t samples) {
+        if (!offsets_.allocate(layout_.models * kGramDepth)) return Status::no_memory;
+        sources_ = sources;
+        bool all_bf16 = true;
+        for (int64_t m = 0; m < layout_.models; ++m) {
+            if (!is_floating(sources[m].dtype)) return Status::unsupported;
+            all_bf16 &= sources[m].dtype == Dtype::bf16;
+        }
+        may_be_raw_ = all_bf16 && kHasBf16 && sizeof(T) == sizeof(float);
+        for (int64_t done = 0; done < samples;) {
+            const int64_t take = min64(kGramDepth - s_.counts[1], samples - done);
+            for (int64_t m = 0; m < layout_.models; ++m) {
+                sample_offsets(sources[m], done, take, offsets_.get() + m * kGramDepth);
+            }
+            const int threads = layout_.panels * take < 256 ? 1 : threads_;  // too little to share
+            parallel_each(threads, layout_.panels, [&](int64_t panel, int) { pack(panel, take); });
+            s_.counts[0] += take;
+            s_.counts[1] += take;
+            done += take;
+            if (s_.counts[1] == kGramDepth) {
+                const Status status = flush();
+                if (status != Status::ok) return status;
+            }
+        }
+        return Status::ok;
+    }
+
+    // Multiplies the pending samples into the accumulators.
+    Status flush() {
+        const int64_t depth = s_.counts[1];
+        if (depth == 0) return Status::ok;
+        Buffer<const T*> values(layout_.panels);
+        Buffer<const uint32_t*> raw(layout_.panels);
+        Buffer<uint8_t> was_raw(layout_.panels);
+        if (!values || !raw || !was_raw) return Status::no_memory;
+        if (s_.counts[0] == depth) {  // nothing accumulated yet: the best shift is still free to choose
+            parallel_each(threads_, layout_.panels, [&](int64_t panel, int) { settle(panel, depth); });
+        }
+        int64_t raws = 0;
+        for (int64_t p = 0; p < layout_.panels; ++p) raws += s_.raw[p] != 0;
+        Buffer<T> expanded;
+        const bool mixed = raws > 0 && (raws < layout_.panels || !kHasBf16);
+        if (mixed && !expanded.allocate(raws * depth * kPanel)) return Status::no_memory;
+        int64_t next = 0;
+        for (int64_t p = 0; p < layout_.panels; ++p) {
+            was_raw[p] = s_.raw[p];
+            raw[p] = s_.raw[p] != 0 ? raw_panel(p) : nullptr;
+            values[p] = panel(p);
+            if (s_.raw[p] != 0 && mixed) {
+                T* to = expanded.get() + next++ * depth * kPanel;
+                expand(raw_panel(p), depth, to);
+                values[p] = to;
+            }
+        }
+        const int64_t from = layout_.column_panel;
+        const GramOperand<T> rows{values.get(), raw.get()}, columns{values.get() + from, raw.get() + from};
+        const GramTarget<double> target{s_.gram, 0, layout_.row_units, layout_.column_units, !layout_.cross};
+        gram_product(threads_, depth, rows, columns, target);
+        s_.counts[1] = 0;
+        memset(s_.raw, 0, static_cast<size_t>(layout_.panels));
+        return recentre(was_raw.get());
+    }
+
+    // Moves the accumulators to other shifts and scales: gram_ij becomes (gram_ij - s_i d_j - d_i s_j + n d_i d_j) r_i
+    // r_j.
+    Status rebase(const double* shift, const double* scale) {
+        const int64_t units = layout_.panels * kPanel;
+        Buffer<double> step(units), ratio(units);
+        if (!step || !ratio) return Status::no_memory;
+        for (int64_t u = 0; u < units; ++u) {
+            step[u] = (shift[u] - s_.shift[u]) * s_.scale[u];
+            ratio[u] = scale[u] / s_.scale[u];
+        }
+        move(s_, step.get(), ratio.get(), false, s_.gram);
+        const double n = static_cast<double>(s_.counts[0]);
+        for (int64_t u = 0; u < units; ++u) {
+            s_.squares[u] = (s_.squares[u] + step[u] * (n * step[u] - 2 * s_.sums[u])) * ratio[u] * ratio[u];
+            s_.sums[u] = (s_.sums[u] - n * step[u]) * ratio[u];
+            s_.shift[u] = shift[u];
+            s_.scale[u] = scale[u];
+        }
+        return Status::ok;
+    }
+
+    Status merge(const CovarianceState& other) {
+        const int64_t units = layout_.panels * kPanel;
+        Buffer<double> step(units), ratio(units);
+        if (!step || !ratio) return Status::no_memory;
+        const double n = static_cast<double>(other.counts[0]);
+        for (int64_t u = 0; u < units; ++u) {
+            step[u] = (s_.shift[u] - other.shift[u]) * other.scale[u];
+            ratio[u] = s_.scale[u] / other.scale[u];
+        }
+        move(other, step.get(), ratio.get(), true, s_.gram);
+        for (int64_t u = 0; u < units; ++u) {
+            s_.squares[u] += (other.squares[u] + step[u] * (n * step[u] - 2 * other.sums[u])) * ratio[u] * ratio[u];
+            s_.sums[u] += (other.sums[u] - n * step[u]) * ratio[u];
+        }
+        s_.counts[0] += other.counts[0];
+        return recentre(nullptr);
+    }
+
+  private:
+    static bool is_floating(Dtype d) {
+        return d == Dtype::f64 || d == Dtype::f32 || d == Dtype::f16 || d == Dtype::bf16;
+    }
+    T* panel(int64_t p) const { return static_cast<T*>(s_.panels) + p * kGramDepth * kPanel; }
+    uint32_t* raw_panel(int64_t p) const { return reinterpret_cast<uint32_t*>(panel(p)); }
+
+    // Raw values of one panel's units for samples [k0, k0 + n) of this batch, non-finite ones as 0.
+    void fill_panel(int64_t p, int64_t k0, int64_t n, T* to) const {
+        layout_.segments(p, [&](int64_t model, int64_t unit, int lane, int units) {
+            const CovarianceSource& source = sources_[model];
+            int64_t off[kPanel];
+            for (int u = 0; u < units; ++u) off[u] = (unit + u) * source.unit_stride;
+            const Columns columns{offsets_.get() + model * kGramDepth, nullptr, nullptr};
+            fill<T>(source.dtype, source.data, off, columns, units, k0, n, to + lane);
+        });
+        drop_non_finite(to, n);
+    }
+
+    // First samples of all: the shift is their mean, the scale brings their spread into float32's range.
+    void begin(int64_t p, int64_t take) const {
+        T block[kPackRows * kPanel] = {};
+        double sums[kPanel] = {}, squares[kPanel] = {}, low[kPanel], high[kPanel];
+        for (int u = 0; u < kPanel; ++u) low[u] = high[u] = 0;
+        for (int64_t k = 0; k < take; k += kPackRows) {
+            const int64_t n = min64(kPackRows, take - k);
+            fill_panel(p, k, n, block);
+            measure(block, n, sums, squares);
+            for (int64_t i = 0; i < n; ++i) {
+                for (int u = 0; u < kPanel; ++u) {
+                    const double x = static_cast<double>(block[i * kPanel + u]);
+                    low[u] = (k == 0 && i == 0) || x < low[u] ? x : low[u];
+                    high[u] = (k == 0 && i == 0) || x > high[u] ? x : high[u];
+                }
+            }
+        }
+        bool raw = may_be_raw_;
+        double *shift = s_.shift + p * kPanel, *scale = s_.scale + p * kPanel;
+        for (int u = 0; u < kPanel; ++u) {
+            const double mean = sums[u] / static_cast<double>(take);
+            shift[u] = static_cast<double>(static_cast<T>(mean < low[u] ? low[u] : mean > high[u] ? high[u] : mean));
+            scale[u] = 1;
+            const double size = fmax(high[u], -low[u]);
+            double spread = fmax(high[u] - shift[u], shift[u] - low[u]);
+            if (spread == 0) spread = size;  // one sample, or equal ones: the best guess that there is
+            if (sizeof(T) == sizeof(float) && spread > 0 && !plain(spread)) scale[u] = ldexp(1.0, -ilogb(spread));
+            raw &= size == 0 || plain(size);
+        }
+        if (!raw) return;
+        for (int u = 0; u < kPanel; ++u) {
+            shift[u] = 0;
+            scale[u] = 1;
+        }
+    }
+    static bool plain(double x) { return x < ldexp(1.0, kPlainExponent) && x > ldexp(1.0, -kPlainExponent); }
+
+    // May this panel's next samples be multiplied as bf16? Only while its units have no shift and small means.
+    bool raw_allowed(int64_t p) const {
+        if (!may_be_raw_) return false;
+        const double count = static_cast<double>(s_.counts[0]);
+        for (int64_t u = p * kPanel; u < (p + 1) * kPanel; ++u) {
+            if (s_.shift[u] != 0 || s_.scale[u] != 1) return false;
+            if (count > 0 && drifted(u, count, kRawDrift)) return false;
+        }
+        return true;
+    }
+
+    bool drifted(int64_t u, double count, double bound) const {
+        const double mean = s_.sums[u] / count, variance = s_.squares[u] / count - mean * mean;
+        return mean != 0 && mean * mean > bound * bound * fmax(variance, 0.0);
+    }
+
+    void pack(int64_t p, int64_t take) const {
+        const int64_t pending = s_.counts[1];
+        if (s_.counts[0] == 0) begin(p, take);
+        if (pending == 0) {
+            s_.raw[p] = raw_allowed(p) ? 1 : 0;
+        } else if (s_.raw[p] != 0 && !may_be_raw_) {
+            lower(p, pending);
+        }
+        T shift[kPanel], scale[kPanel], block[kPackRows * kPanel];
+        for (int u = 0; u < kPanel; ++u) {
+            shift[u] = static_cast<T>(s_.shift[p * kPanel + u]);
+            scale[u] = static_cast<T>(s_.scale[p * kPanel + u]);
+        }
+        if (s_.raw[p] != 0) memset(block, 0, sizeof block);
+        for (int64_t k = 0; k < take; k += kPackRows) {
+            const int64_t n = min64(kPackRows, take - k);
+            T* to = s_.raw[p] != 0 ? block : panel(p) + (pending + k) * kPanel;
+            fill_panel(p, k, n, to);
+            if (s_.raw[p] == 0) shift_and_scale(to, n, shift, scale);
+            measure(to, n, s_.sums + p * kPanel, s_.squares + p * kPanel);
+            if (s_.raw[p] != 0) store_pairs(to, n, pending + k, raw_panel(p));
+        }
+    }
+
+    // Samples first, first + 1, .. of a panel of pairs: even ones take the low half and clear the high one.
+    static void store_pairs(const T* block, int64_t n, int64_t first, uint32_t* pairs) {
+        for (int64_t k = 0; k < n; ++k) {
+            uint32_t* to = pairs + (first + k) / 2 * kPanel;
+            const T* row = block + k * kPanel;
+            if ((first + k) % 2 == 0) {
+                for (int u = 0; u < kPanel; ++u) to[u] = float_to_bits(static_cast<float>(row[u])) >> 16;
+            } else {
+                for (int u = 0; u < kPanel; ++u) to[u] |= float_to_bits(static_cast<float>(row[u])) & 0xffff0000u;
+            }
+        }
+    }
+
+    // Pairs of bf16 to single values. Runs backwards, so that `to` may be the panel itself.
+    static void expand(const uint32_t* pairs, int64_t depth, T* to) {
+        for (int64_t k = depth - 1; k >= 0; --k) {
+            const uint32_t* from = pairs + k / 2 * kPanel;
+            uint32_t words[kPanel];
+            memcpy(words, from, sizeof words);
+            for (int u = 0; u < kPanel; ++u) {
+                to[k * kPanel + u] =
+                    static_cast<T>(bits_to_float(k % 2 == 0 ? words[u] << 16 : words[u] & 0xffff0000u));
+            }
+        }
+    }
+
+    // Pending bf16 pairs become plain values.
+    void lower(int64_t p, int64_t depth) const {
+        expand(raw_panel(p), depth, panel(p));
+        s_.raw[p] = 0;
+    }
+
+    // Before the first product: pending samples are moved to their own mean where that is not where they are.
+    void settle(int64_t p, int64_t depth) const {
+        const double n = static_cast<double>(depth);
+        T step[kPanel], one[kPanel];
+        bool moves = false, too_far = false;
+        for (int u = 0; u < kPanel; ++u) too_far |= drifted(p * kPanel + u, n, kRawDrift);
+        if (s_.raw[p] != 0 && !too_far) return;
+        if (s_.raw[p] != 0) lower(p, depth);
+        for (int u = 0; u < kPanel; ++u) {
+            const int64_t at = p * kPanel + u;
+            one[u] = 1;
+            step[u] = 0;
+            if (!drifted(at, n, 0.25)) continue;
+            const double target = shift_to_mean(at, n);
+            step[u] = static_cast<T>((target - s_.shift[at]) * s_.scale[at]);
+            s_.shift[at] = target;
+            moves = true;
+        }
+        if (!moves) return;
+        shift_and_scale(panel(p), depth, step, one);
+        double sums[kPanel] = {}, squares[kPanel] = {};
+        measure(panel(p), depth, sums, squares);
+        for (int u = 0; u < kPanel; ++u) {
+            s_.sums[p * kPanel + u] = sums[u];
+            s_.squares[p * kPanel + u] = squares[u];
+        }
+    }
+
+    // The unit's mean, as a shift: rounded to T.
+    double shift_to_mean(int64_t u, double n) const {
+        return static_cast<double>(static_cast<T>(s_.shift[u] + s_.sums[u] / n / s_.scale[u]));
+    }
+
+    // Moves shifts to the means where these have drifted away. was_raw: panels just multiplied as bf16 keep shift 0
+    // longer.
+    Status recentre(const uint8_t* was_raw) {
+        const int64_t units = layout_.panels * kPanel;
+        const double n = static_cast<double>(s_.counts[0]);
+        Buffer<double> shift;
+        for (int64_t u = 0; u < units; ++u) {
+            const bool raw = was_raw != nullptr && was_raw[u / kPanel] != 0;
+            if (!drifted(u, n, raw ? kRawDrift : kDrift) || shift_to_mean(u, n) == s_.shift[u]) continue;
+            if (!shift) {
+                if (!shift.allocate(units)) return Status::no_memory;
+                memcpy(shift.get(), s_.shift, static_cast<size_t>(units) * sizeof(double));
+            }
+            shift[u] = shift_to_mean(u, n);
+        }
+        if (!shift) return Status::ok;
+        return rebase(shift.get(), s_.scale);
+    }
+
+    // to (+)= (gram of `from`) moved by step and ratio; blocks that do not move are left alone unless they are added.
+    void move(const CovarianceState& from, const double* step, const double* ratio, bool add, double* to) const {
+        const int64_t units = layout_.panels * kPanel, columns_from = layout_.column_panel * kPanel;
+        const double n = static_cast<double>(from.counts[0]);
+        Buffer<uint8_t> moved(layout_.panels);
+        for (int64_t u = 0; moved && u < units; ++u) {
+            if (u % kPanel == 0) moved[u / kPanel] = 0;
+            if (step[u] != 0 || ratio[u] != 1) moved[u / kPanel] = 1;
+        }
+        const double* source = from.gram;
+        parallel_each(threads_, layout_.row_panels, [&](int64_t i, int) {
+            for (int64_t j = layout_.cross ? 0 : i; j < layout_.column_panels; ++j) {
+                if (!add && moved && moved[i] == 0 && moved[layout_.column_panel + j] == 0) continue;
+                const int64_t block = block_index(i, j, layout_.column_panels, !layout_.cross) * kPanel * kPanel;
+                const int64_t row = i * kPanel, column = columns_from + j * kPanel;
+                for (int a = 0; a < kPanel; ++a) {
+                    const double s = from.sums[row + a], d = step[row + a], r = ratio[row + a];
+                    const double* g = source + block + a * kPanel;
+                    double* t = to + block + a * kPanel;
+                    for (int b = 0; b < kPanel; ++b) {
+                        const double sb = from.sums[column + b], db = step[column + b];
+                        const double value = (g[b] + (n * d - s) * db - d * sb) * r * ratio[column + b];
+                        t[b] = add ? t[b] + value : value;
+                    }
+                }
+            }
+        });
+    }
+
+    CovarianceState& s_;
+    const Layout layout_;
+    const int threads_;
+    const CovarianceSource* sources_ = nullptr;
+    Buffer<int64_t> offsets_;
+    bool may_be_raw_ = false;
+};
+
+}  // namespace
+
+Status covariance_update(const CovarianceUpdateArgs& args);
+Status covariance_update(const CovarianceUpdateArgs& args) {
+    if (args.state->dtype == Dtype::f64)
+        return Accumulator<double>(*args.state, args.threads).update(args.sources, args.samples);
+    return Accumulator<float>(*args.state, args.threads).update(args.sources, args.samples);
+}
+
+Status covariance_flush(CovarianceState& state, int threads);
+Status covariance_flush(CovarianceState& state, int threads) {
+    if (state.dtype == Dtype::f64) return Accumulator<double>(state, threads).flush();
+    return Accumulator<float>(state, threads).flush();
+}
+
+Status covariance_merge(const CovarianceMergeArgs& args);
+Status covariance_merge(const CovarianceMergeArgs& args) {
+    if (args.self->dtype == Dtype::f64) return Accumulator<double>(*args.self, args.threads).merge(*args.other);
+    return Accumulator<float>(*args.self, args.threads).merge(*args.other);
+}
+
+Status covariance_rebase(CovarianceState& state, const double* shift, const double* scale, int threads);
+Status covariance_rebase(CovarianceState& state, const double* shift, const double* scale, int threads) {
+    if (state.dtype == Dtype::f64) return Accumulator<double>(state, threads).rebase(shift, scale);
+    return Accumulator<float>(state, threads).rebase(shift, scale);
+}
+
+}  // namespace MUDSC_ISA
+}  // namespace mudsc

@@ -1,0 +1,289 @@
+// The one matrix product of this package: C += P^T Q for units packed in panels, where P and Q hold one column a unit
+// and one row a sample (or weight column). Covariance (samples) and weight similarity (weight columns) both end here.
+//
+// A panel is [depth][48]: 48 units side by side, sample after sample. The same panel serves as left operand (elements
+// broadcast) and as right operand (vectors loaded), so each unit is packed once. C is either an array of 48 x 48 blocks
+// (only those on and above the diagonal when it is symmetric) or a row-major matrix.
+//
+// C is float64 where it is a stream's accumulator: in float32, identical batches added over and over would be rounded
+// the same way each time (an error of 1e-4 after 10^6 samples).
+//
+// Every element of C sees the same additions in the same order whatever the thread count: a task owns its blocks.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/common.h"
+#include "cpu/kernels.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace mudsc {
+namespace MUDSC_ISA {
+namespace {
+
+constexpr int kPanel = kGramPanel;
+
+// Samples multiplied between two additions to C: a panel of 256 floats is 48 KiB, so a task's panels stay in a 1 MiB L2
+// and rounding errors grow with the root of 256, not of the stream.
+constexpr int64_t kStep = 256;
+
+// Register tile: kRows broadcasts times kVectors vectors of kLanes units.
+template <typename T>
+struct Tile {
+#if defined(__AVX512F__)
+    static constexpr int kLanes = 64 / sizeof(T), kRows = 8, kVectors = 3;
+#elif defined(__AVX2__)
+    static constexpr int kLanes = 32 / sizeof(T), kRows = 6, kVectors = 2;
+#elif defined(__aarch64__)
+    static constexpr int kLanes = 16 / sizeof(T), kRows = 8, kVectors = 3;
+#else
+    static constexpr int kLanes = 16 / sizeof(T), kRows = 6, kVectors = 2;
+#endif
+    static constexpr int kColumns = kLanes * kVectors;
+    static_assert(kPanel % kColumns == 0 && kPanel % kRows == 0, "a panel holds whole tiles");
+};
+
+template <typename T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(Tile<T>::kLanes * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+// c[0 .. kLanes) += x; C is T or double.
+template <typename C, typename T>
+inline __attribute__((always_inline)) void add_to(C* c, typename VectorOf<T>::type x) {
+    using V = typename VectorOf<T>::type;
+    constexpr int kLanes = Tile<T>::kLanes;
+    if constexpr (sizeof(C) == sizeof(T)) {
+        *reinterpret_cast<V*>(c) += x;
+    } else {
+        typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T)), aligned(sizeof(T)), may_alias));
+        typedef C Wide __attribute__((vector_size(kLanes / 2 * sizeof(C)), aligned(sizeof(C)), may_alias));
+        Half halves[2];
+        __builtin_memcpy(halves, &x, sizeof x);
+        *reinterpret_cast<Wide*>(c) += __builtin_convertvector(halves[0], Wide);
+        *reinterpret_cast<Wide*>(c + kLanes / 2) += __builtin_convertvector(halves[1], Wide);
+    }
+}
+
+// c[kRows][NV * kLanes] += a^T b over k samples.
+template <typename C, typename T, int NV>
+inline __attribute__((always_inline)) void tile_product(int64_t k, const T* a, const T* b, C* c, int64_t ldc) {
+    using V = typename VectorOf<T>::type;
+    constexpr int kRows = Tile<T>::kRows, kLanes = Tile<T>::kLanes;
+    V acc[kRows][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+        for (int j = 0; j < NV; ++j) {
+            acc[i][j] = V{};
+            __builtin_prefetch(c + i * ldc + j * kLanes, 1, 3);
+        }
+    }
+#pragma GCC unroll 1
+    for (int64_t p = 0; p < k; ++p) {
+        V right[NV];
+#pragma GCC unroll 3
+        for (int j = 0; j < NV; ++j) right[j] = *reinterpret_cast<const V*>(b + j * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            const V left = a[i] - V{};  // a broadcast: x - 0 is x for every x, x + 0 is not (-0)
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) acc[i][j] += left * right[j];
+        }
+        a += kPanel;
+        b += kPanel;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+        for (int j = 0; j < NV; ++j) add_to<C, T>(c + i * ldc + j * kLanes, acc[i][j]);
+    }
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16 = true;
+
+// The same over pairs of bf16 samples: a and b are [k][48] pairs, products are exact, sums are float32.
+template <typename C, int NV>
+inline __attribute__((always_inline)) void tile_product_bf16(int64_t k, const uint32_t* a, const uint32_t* b, C* c,
+                                                             int64_t ldc) {
+    using V = typename VectorOf<float>::type;
+    __m512 acc[8][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 3
+        for (int j = 0; j < NV; ++j) {
+            acc[i][j] = _mm512_setzero_ps();
+            __builtin_prefetch(c + i * ldc + j * 16, 1, 3);
+        }
+    }
+#pragma GCC unroll 1
+    for (int64_t p = 0; p < k; ++p) {
+        __m512bh right[NV];
+#pragma GCC unroll 3
+        for (int j = 0; j < NV; ++j) right[j] = (__m512bh)_mm512_loadu_si512(b + j * 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], left, right[j]);
+        }
+        a += kPanel;
+        b += kPanel;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 3
+        for (int j = 0; j < NV; ++j) add_to<C, float>(c + i * ldc + j * 16, (V)acc[i][j]);
+    }
+}
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
+// What a panel holds: values, or pairs of bf16 (which are summed as float).
+template <typename E>
+struct Packed {
+    typedef E sum;
+};
+template <>
+struct Packed<uint32_t> {
+    typedef float sum;
+};
+
+template <typename C, typename E, int NV>
+__attribute__((noinline)) void tile(int64_t k, const E* a, const E* b, C* c, int64_t ldc) {
+    if constexpr (E(-1) < E(0)) {
+        tile_product<C, E, NV>(k, a, b, c, ldc);
+    } else {
+#if defined(__AVX512BF16__)
+        tile_product_bf16<C, NV>(k, a, b, c, ldc);
+#endif
+    }
+}
+
+// One tile of which only `rows` x `columns` entries, from vector `first` on, are wanted. `padded`: C has room for whole
+// tiles, so what falls outside may be written too.
+template <typename C, typename E>
+void edge_tile(int64_t k, const E* a, const E* b, C* c, int64_t ldc, int rows, int first, int columns, bool padded) {
+    using T = typename Packed<E>::sum;
+    constexpr int kLanes = Tile<T>::kLanes, kRows = Tile<T>::kRows, kVectors = Tile<T>::kVectors;
+    const int vectors = (columns + kLanes - 1) / kLanes - first;
+    if (vectors <= 0) return;
+    C scratch[kRows * kVectors * kLanes];
+    const bool direct = padded || (rows >= kRows && columns % kLanes == 0);
+    C* to = direct ? c + first * kLanes : scratch;
+    const int64_t ld = direct ? ldc : kVectors * kLanes;
+    if (!direct) memset(scratch, 0, sizeof scratch);
+    b += first * kLanes;
+    if (vectors == 1) tile<C, E, 1>(k, a, b, to, ld);
+    if (vectors == 2) tile<C, E, 2>(k, a, b, to, ld);
+    if constexpr (kVectors == 3) {
+        if (vectors == 3) tile<C, E, 3>(k, a, b, to, ld);
+    }
+    if (direct) return;
+    const int width = columns - first * kLanes;
+    for (int i = 0; i < (rows < kRows ? rows : kRows); ++i) {
+        for (int j = 0; j < width; ++j) c[i * ldc + first * kLanes + j] += scratch[i * kVectors * kLanes + j];
+    }
+}
+
+// One 48 x 48 block of C, of which `rows` x `columns` exist; a diagonal block leaves out tiles below the diagonal.
+template <typename C, typename E>
+void block_product(int64_t k, const E* a, const E* b, C* c, int64_t ldc, int rows, int columns, bool diagonal,
+                   bool padded) {
+    using T = typename Packed<E>::sum;
+    constexpr int kLanes = Tile<T>::kLanes, kRows = Tile<T>::kRows, kVectors = Tile<T>::kVectors;
+    constexpr int kColumns = Tile<T>::kColumns;
+    for (int column = 0; column < columns; column += kColumns) {
+        const int wide = columns - column < kColumns ? columns - column : kColumns;
+        for (int row = 0; row < rows; row += kRows) {
+            const int first = diagonal && row > column ? (row - column) / kLanes : 0;
+            if (first >= kVectors) break;
+            C* at = c + row * ldc + column;
+            if (first == 0 && wide == kColumns && (padded || rows - row >= kRows)) {
+                tile<C, E, kVectors>(k, a + row, b + column, at, ldc);
+            } else {
+                edge_tile<C, E>(k, a + row, b + column, at, ldc, rows - row, first, wide, padded);
+            }
+        }
+    }
+}
+
+// Where a product goes. ld 0: blocks of 48 x 48 in row-major order of blocks, only j >= i if symmetric.
+template <typename C>
+struct GramTarget {
+    C* data;
+    int64_t ld;
+    int64_t rows, columns;  // units
+    bool symmetric;         // rows are the columns: only entries on and above the diagonal are computed
+};
+
+inline int64_t block_index(int64_t i, int64_t j, int64_t column_blocks, bool symmetric) {
+    return symmetric ? i * column_blocks - i * (i - 1) / 2 + (j - i) : i * column_blocks + j;
+}
+
+// One operand: a pointer a panel. raw[i], where it is not null, is panel i as pairs of bf16 samples ([depth / 2][48]);
+// two such panels are multiplied as bf16.
+template <typename T>
+struct GramOperand {
+    const T* const* values;
+    const uint32_t* const* raw;  // null: none
+};
+
+template <typename T, typename C>
+void gram_block(const GramOperand<T>& p, const GramOperand<T>& q, int64_t k0, int64_t k1, int64_t i, int64_t j,
+                const GramTarget<C>& c) {
+    const int64_t row = i * kPanel, column = j * kPanel;
+    const int rows = static_cast<int>(min64(kPanel, c.rows - row)),
+              columns = static_cast<int>(min64(kPanel, c.columns - column));
+    const bool padded = c.ld == 0, diagonal = c.symmetric && i == j;
+    const int64_t ldc = padded ? kPanel : c.ld;
+    C* at = padded ? c.data + block_index(i, j, ceil_div(c.columns, kPanel), c.symmetric) * kPanel * kPanel
+                   : c.data + row * c.ld + column;
+    if constexpr (kHasBf16 && sizeof(T) == sizeof(float)) {
+        if (p.raw != nullptr && q.raw != nullptr && p.raw[i] != nullptr && q.raw[j] != nullptr) {
+            const int64_t skip = k0 / 2 * kPanel;
+            block_product<C, uint32_t>((k1 - k0 + 1) / 2, p.raw[i] + skip, q.raw[j] + skip, at, ldc, rows, columns,
+                                       diagonal, padded);
+            return;
+        }
+    }
+    const int64_t skip = k0 * kPanel;
+    block_product<C, T>(k1 - k0, p.values[i] + skip, q.values[j] + skip, at, ldc, rows, columns, diagonal, padded);
+}
+
+// C += P^T Q over samples [0, depth). A task is 4 x 8 blocks: 192 + 384 units of 256 floats fill about half an L2.
+// Returns false when `poll` asked to stop.
+template <typename T, typename C>
+bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const GramOperand<T>& q, const GramTarget<C>& c,
+                  const Poll* poll = nullptr) {
+    constexpr int64_t kTaskRows = 4, kTaskColumns = 8;
+    const int64_t row_blocks = ceil_div(c.rows, kPanel), column_blocks = ceil_div(c.columns, kPanel);
+    const int64_t down = ceil_div(row_blocks, kTaskRows), across = ceil_div(column_blocks, kTaskColumns);
+    if (row_blocks == 0 || column_blocks == 0 || depth == 0) return true;
+    constexpr int64_t kSamples = kStep * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(T));
+    // Below about 50 microseconds of work a second thread costs more than it brings.
+    if (c.rows * c.columns * depth < (int64_t{1} << 22)) threads = 1;
+    bool stopped = false;
+    parallel_each(threads, down * across, [&](int64_t task, int worker) {
+        const int64_t i0 = task / across * kTaskRows, j0 = task % across * kTaskColumns;
+        const int64_t i1 = min64(i0 + kTaskRows, row_blocks), j1 = min64(j0 + kTaskColumns, column_blocks);
+        if (c.symmetric && j1 <= i0) return;
+        if (worker == 0 && poll != nullptr && (*poll)()) __atomic_store_n(&stopped, true, __ATOMIC_RELAXED);
+        if (__atomic_load_n(&stopped, __ATOMIC_RELAXED)) return;
+        for (int64_t k0 = 0; k0 < depth; k0 += kSamples) {
+            const int64_t k1 = min64(k0 + kSamples, depth);
+            for (int64_t i = i0; i < i1; ++i) {
+                for (int64_t j = c.symmetric ? max64(i, j0) : j0; j < j1; ++j) gram_block(p, q, k0, k1, i, j, c);
+            }
+        }
+    });
+    return !stopped;
+}
+
+}  // namespace
+}  // namespace MUDSC_ISA
+}  // namespace mudsc

@@ -1,0 +1,192 @@
+// Packing: strided tensors of any floating type become blocks [samples][48] of a panel, in place, without a copy of the
+// tensor in between. One segment is the part of a panel that belongs to one model.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#include "cpu/common.h"
+#include "cpu/kernels.h"
+#include "cpu/kernels/gram.h"
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace mudsc {
+namespace MUDSC_ISA {
+namespace {
+
+// Samples packed at a time: 64 x 48 floats (12 KiB) are still in the L1 when they are measured and shifted.
+constexpr int64_t kPackRows = 64;
+
+// The columns (samples) of a source: column c is scale[c] * sum over p in [ptr[c], ptr[c + 1]) of the element at
+// off[p]; without ptr it is the element at off[c].
+struct Columns {
+    const int64_t* off;
+    const int64_t* ptr;
+    const double* scale;
+};
+
+template <typename W, typename T>
+inline W load_as(T x) {
+    return static_cast<W>(to_f32(x));
+}
+template <>
+inline double load_as<double, double>(double x) {
+    return x;
+}
+
+// to[i] = from[i], or += where Add.
+template <bool Add, typename W, typename T>
+inline void convert_run(W* __restrict to, const T* __restrict from, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        if constexpr (Add) {
+            to[i] += load_as<W>(from[i]);
+        } else {
+            to[i] = load_as<W>(from[i]);
+        }
+    }
+}
+#if defined(__F16C__)
+template <bool Add, typename W>
+inline void convert_run(W* __restrict to, const f16* __restrict from, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        float part[8];
+        _mm256_storeu_ps(part, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+        for (int j = 0; j < 8; ++j) to[i + j] = (Add ? to[i + j] : W(0)) + static_cast<W>(part[j]);
+    }
+    for (; i < n; ++i) to[i] = (Add ? to[i] : W(0)) + load_as<W>(from[i]);
+}
+#endif
+
+// Units side by side in memory: one run of `units` elements a column.
+template <typename W, typename T>
+void fill_unit_runs(const T* data, const Columns& columns, int64_t units, int64_t c0, int64_t n, W* to) {
+    for (int64_t k = 0; k < n; ++k) {
+        W* row = to + k * kPanel;
+        const int64_t c = c0 + k;
+        if (columns.ptr == nullptr) {
+            convert_run<false>(row, data + columns.off[c], units);
+        } else {
+            const int64_t first = columns.ptr[c], last = columns.ptr[c + 1];
+            if (first == last) {
+                for (int64_t u = 0; u < units; ++u) row[u] = W(0);
+            } else {
+                convert_run<false>(row, data + columns.off[first], units);
+            }
+            for (int64_t p = first + 1; p < last; ++p) convert_run<true>(row, data + columns.off[p], units);
+        }
+        if (columns.scale != nullptr) {
+            const W scale = static_cast<W>(columns.scale[c]);
+            for (int64_t u = 0; u < units; ++u) row[u] *= scale;
+        }
+    }
+}
+
+// One unit's columns, side by side: whole runs where the columns lie so, element after element otherwise.
+template <typename W, typename T>
+void gather_unit(const T* data, const Columns& columns, int64_t c0, int64_t n, W* to) {
+    if (columns.ptr == nullptr) {
+        const int64_t* off = columns.off + c0;
+        if (off[n - 1] - off[0] == n - 1 && off[n / 2] - off[0] == n / 2) {
+            bool run = true;
+            for (int64_t k = 1; k < n; ++k) run &= off[k] == off[k - 1] + 1;
+            if (run) {
+                convert_run<false>(to, data + off[0], n);
+                n = 0;
+            }
+        }
+        for (int64_t k = 0; k < n; ++k) to[k] = load_as<W>(data[off[k]]);
+        return;
+    }
+    for (int64_t k = 0; k < n; ++k) {
+        W sum = W(0);
+        for (int64_t p = columns.ptr[c0 + k]; p < columns.ptr[c0 + k + 1]; ++p) sum += load_as<W>(data[columns.off[p]]);
+        to[k] = sum;
+    }
+}
+
+template <typename W, typename T>
+void fill_gathered(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
+                   W* to) {
+    constexpr int kBatch = 16;
+    W part[kBatch][kPackRows];
+    for (int64_t u0 = 0; u0 < units; u0 += kBatch) {
+        const int64_t batch = min64(kBatch, units - u0);
+        for (int64_t u = 0; u < batch; ++u) gather_unit(data + unit_off[u0 + u], columns, c0, n, part[u]);
+        for (int64_t k = 0; k < n; ++k) {
+            const W scale = columns.scale != nullptr ? static_cast<W>(columns.scale[c0 + k]) : W(1);
+            W* row = to + k * kPanel + u0;
+            for (int64_t u = 0; u < batch; ++u) row[u] = part[u][k] * scale;
+        }
+    }
+}
+
+template <typename W, typename T>
+void fill_typed(const void* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
+                W* to) {
+    bool run = unit_off[units - 1] - unit_off[0] == units - 1;
+    for (int64_t u = 1; run && u < units; ++u) run = unit_off[u] == unit_off[u - 1] + 1;
+    const T* typed = static_cast<const T*>(data);
+    if (run) {
+        fill_unit_runs<W>(typed + unit_off[0], columns, units, c0, n, to);
+    } else {
+        fill_gathered<W>(typed, unit_off, columns, units, c0, n, to);
+    }
+}
+
+// to[k * 48 + u] = element (unit u, column c0 + k) for u < units, k < n <= kPackRows. unit_off: [units] offsets.
+// Returns false for a type that is not floating.
+template <typename W>
+bool fill(Dtype dtype, const void* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0,
+          int64_t n, W* to) {
+    if (units <= 0 || n <= 0) return true;
+    switch (dtype) {
+        case Dtype::f64: fill_typed<W, double>(data, unit_off, columns, units, c0, n, to); return true;
+        case Dtype::f32: fill_typed<W, float>(data, unit_off, columns, units, c0, n, to); return true;
+        case Dtype::f16: fill_typed<W, f16>(data, unit_off, columns, units, c0, n, to); return true;
+        case Dtype::bf16: fill_typed<W, bf16>(data, unit_off, columns, units, c0, n, to); return true;
+        default: return false;
+    }
+}
+
+// Non-finite entries count as 0 (docs/method.md rule 1): x - x is 0 for finite x only.
+template <typename W>
+void drop_non_finite(W* block, int64_t n) {
+    for (int64_t i = 0; i < n * kPanel; ++i) block[i] = block[i] - block[i] == W(0) ? block[i] : W(0);
+}
+
+// block = (block - shift) * scale, by unit.
+template <typename W>
+void shift_and_scale(W* block, int64_t n, const W* shift, const W* scale) {
+    for (int64_t k = 0; k < n; ++k) {
+        W* row = block + k * kPanel;
+        for (int u = 0; u < kPanel; ++u) row[u] = (row[u] - shift[u]) * scale[u];
+    }
+}
+
+// sums += x and squares += x * x by unit, in float64.
+template <typename W>
+void measure(const W* block, int64_t n, double* sums, double* squares) {
+    constexpr int kGroup = 16;
+    for (int u0 = 0; u0 < kPanel; u0 += kGroup) {
+        double sum[kGroup] = {}, square[kGroup] = {};
+        for (int64_t k = 0; k < n; ++k) {
+            const W* row = block + k * kPanel + u0;
+            for (int u = 0; u < kGroup; ++u) {
+                const double x = static_cast<double>(row[u]);
+                sum[u] += x;
+                square[u] += x * x;
+            }
+        }
+        for (int u = 0; u < kGroup; ++u) {
+            sums[u0 + u] += sum[u];
+            squares[u0 + u] += square[u];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace MUDSC_ISA
+}  // namespace mudsc

@@ -21,6 +21,7 @@ from mudsc_fast import _core, backends, reference
 CORRELATION, HALF_SUM, SUM, EXACT = 1e-5, 2.0**-5, 1e-5, 0.0
 VALUE = 1e-5
 
+PIPELINE = "pipeline"
 _WIDTH, _SAMPLES = 67, 301  # odd: the last vector and the last block are cut
 
 
@@ -62,17 +63,25 @@ def run_checks(devices: Sequence[str] = ("cpu",)) -> Iterator[Outcome]:
     An op that raises has the error infinity and the message as its note. The instruction set in use is as before
     afterwards.
     """
-    isas = [str(name) for name in _core.build_info()["isas_usable"]]
     for device in devices:
         for case in _CASES:
-            for backend in backends.BACKENDS:
-                if case.op not in backend.ops or backend.device_type != torch.device(device).type:
-                    continue
-                if backend.why_not() is not None:
-                    continue
-                # host: the CPU's kernels, with tensors moved there and back
-                for isa in isas if backend.name in ("cpu", "host") else ["-"]:
-                    yield _outcome(case, device, backend.name, isa)
+            for backend, isa in _places(case.op, torch.device(device).type):
+                yield _outcome(case, device, backend, isa)
+
+
+def _places(op: str, device_type: str) -> Iterator[tuple[str, str]]:
+    """The usable backends of an op, those that call the CPU's kernels once for each instruction set."""
+    isas = [str(name) for name in _core.build_info()["isas_usable"]]
+    if op == PIPELINE:
+        # All ops together, each where `auto` sends it.
+        for isa in isas if device_type == "cpu" else ["-"]:
+            yield device_type if device_type == "cpu" else "auto", isa
+        return
+    for backend in backends.BACKENDS:
+        if op in backend.ops and backend.device_type == device_type and backend.why_not() is None:
+            # host: the CPU's kernels, with tensors moved there and back
+            for isa in isas if backend.name in ("cpu", "host") else ["-"]:
+                yield backend.name, isa
 
 
 def _outcome(case: _Case, device: str, backend: str, isa: str) -> Outcome:
@@ -227,6 +236,46 @@ def _regroup(dtype: torch.dtype, permutation: bool) -> Callable[[torch.device, s
     return error
 
 
+def _networks() -> tuple[list[dict[str, Tensor]], dict[str, list[Tensor]]]:
+    """Two MLPs and their activations: one is the other in another order of units, with a little noise."""
+    generator = _generator(8)
+    widths = {"fc1": 24, "fc2": 18, "head": 5}
+    states: list[dict[str, Tensor]] = [{}, {}]
+    features: dict[str, list[Tensor]] = {}
+    before, size = torch.arange(11), 11
+    for layer, width in widths.items():
+        order = torch.arange(width) if layer == "head" else torch.randperm(width, generator=generator)
+        weight, bias = torch.randn(width, size, generator=generator), torch.randn(width, generator=generator)
+        for state, rows, columns in ((states[0], slice(None), slice(None)), (states[1], order, before)):
+            noisy = weight + 0.1 * torch.randn(weight.shape, generator=generator)
+            state[f"{layer}.weight"], state[f"{layer}.bias"] = noisy[rows][:, columns], bias[rows].clone()
+        shared = torch.randn(90, width, generator=generator)
+        features[layer] = [shared, shared[:, order] + 0.1 * torch.randn(shared.shape, generator=generator)]
+        before, size = order, width
+    del features["head"]
+    return states, features
+
+
+def _pipeline(method: str) -> Callable[[torch.device, str], float]:
+    def error(device: torch.device, backend: str) -> float:
+        states, features = _networks()
+        spec = mf.specs.mlp((24, 18))
+        merged = []
+        for package, where in ((mf, device), (reference, torch.device("cpu"))):
+            there = [{name: tensor.to(where) for name, tensor in state.items()} for state in states]
+            stats: dict[str, Any] = {}
+            for space, seen in features.items():
+                stats[space] = package.Covariance(seen[0].shape[1], device=where)
+                stats[space].update([x.to(where) for x in seen])
+            options = {"progress": False} if package is mf else {}
+            plan = package.match(there, spec, stats, method=method, balance=0.5, **options)
+            merged.append(plan.merge(there))
+        found, wanted = merged
+        return max(_largest(found[name], wanted[name]) for name in wanted)
+
+    return error
+
+
 _CASES = (
     _Case("covariance", "float32, full", CORRELATION, _covariance(torch.float32, "full")),
     _Case("covariance", "float32, cross", CORRELATION, _covariance(torch.float32, "cross")),
@@ -243,4 +292,6 @@ _CASES = (
     _Case("regroup", "bfloat16, permutation", EXACT, _regroup(torch.bfloat16, True)),
     _Case("regroup", "float32, sums", SUM, _regroup(torch.float32, False)),
     _Case("regroup", "bfloat16, sums", HALF_SUM, _regroup(torch.bfloat16, False)),
+    _Case(PIPELINE, "match, align and merge", SUM, _pipeline("align")),
+    _Case(PIPELINE, "match, zip and merge", SUM, _pipeline("zip")),
 )

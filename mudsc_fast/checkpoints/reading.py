@@ -185,25 +185,27 @@ class _SafetensorsFile:
             # numpy, because with "pt" even opening maps the file privately
             with safe_open(path, framework="numpy") as checked:
                 self.metadata: dict[str, str] = checked.metadata() or {}
-                self._read_header(checked)
-        except (SafetensorError, KeyError, TypeError, RecursionError) as error:
+            self._read_header()
+        except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
-    def _read_header(self, checked: Any) -> None:
+    def __del__(self) -> None:
+        # Closed with the last checkpoint that reads from it, and without the warning of a forgotten file.
+        file = getattr(self, "_file", None)
+        if file is not None:
+            file.close()
+
+    def _read_header(self) -> None:
+        """Names, dtypes, shapes and places, from a header that safetensors has checked."""
         length = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(length))
-        for name in checked.keys():  # noqa: SIM118 (safe_open is no mapping)
-            view = checked.get_slice(name)
-            code = view.get_dtype()
-            if code not in TORCH_DTYPES:
-                raise ValueError(f"{self.path}: tensor {name!r} is {code}, which cannot be regrouped unit by unit")
-            info = TensorInfo(tuple(view.get_shape()), TORCH_DTYPES[code])
-            start, end = header[name]["data_offsets"]
-            # With a doubled name the two parsers may have taken different entries.
-            if end - start != info.nbytes or start < 0:
-                raise ValueError(f"{self.path}: tensor {name!r} has {info.nbytes} bytes, but offsets {start} to {end}")
-            self.infos[name] = info
-            self._starts[name] = 8 + length + start
+        header = json.loads(self._file.read(length), object_pairs_hook=_without_doubles)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in TORCH_DTYPES:
+                raise ValueError(f"tensor {name!r} is {entry['dtype']}, which cannot be regrouped unit by unit")
+            self.infos[name] = TensorInfo(tuple(entry["shape"]), TORCH_DTYPES[entry["dtype"]])
+            self._starts[name] = 8 + length + entry["data_offsets"][0]
 
     def get_tensor(self, name: str) -> Tensor:
         info = self.infos[name]
@@ -217,6 +219,14 @@ class _SafetensorsFile:
                 raise ValueError(f"{self.path}: the file ends inside tensor {name!r}; was it changed while in use?")
             done += got
         return tensor.reshape(info.shape)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of two entries of one name, another parser may check one and this one read the other.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, tuple[TensorInfo, _Source]], dict[str, str]]:

@@ -177,7 +177,7 @@ def _print(table: Table) -> None:
     """The table on stdout, as wide as the terminal, or as it needs where another program reads it."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout)
+    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 100_000
         console.width = console.measure(table).maximum

@@ -13,7 +13,7 @@ COPY_BYTES = 256 << 20
 
 
 def measure() -> dict[str, float]:
-    """Ceilings of one thread: "flop" (float32 multiply-adds), "flop bf16" and "byte" (memory copy, read and written)."""
+    """Ceilings of one thread: "flop" (float32 multiply-adds), "flop bf16", and "byte" (of a copy, both ways)."""
     return {"flop": _core.peak_flops(False), "flop bf16": _core.peak_flops(True), "byte": _copy_rate()}
 
 

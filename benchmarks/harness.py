@@ -1,7 +1,7 @@
 """How a row of the suite is checked, timed and judged.
 
-Times drift on shared machines, so a row's contenders take turns (A B A B ...) and the ratio is the median over rounds of
-each round's own ratio. A row counts only if every contender's result was right.
+Times drift on shared machines, so a row's contenders take turns (A B A B ...) and the ratio is the median over rounds
+of each round's own ratio. A row counts only if every contender's result was right.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def _checked(row: Row, contender: Contender, result: Result) -> float:
     error = row.error(contender.name, value)
     result.errors[contender.name] = error
     if not error <= row.tolerance:
-        raise WrongResult(f"{row.op} {row.case} {row.size}: {contender.name} is off by {error:.3g} > {row.tolerance:.3g}")
+        raise WrongResult(
+            f"{row.op} {row.case} {row.size}: {contender.name} is off by {error:.3g} > {row.tolerance:.3g}"
+        )
     return taken
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from benchmarks.harness import Contender
 
 
 def why_missing(module: str) -> str | None:
@@ -20,6 +23,96 @@ def why_missing(module: str) -> str | None:
     except ImportError as error:
         return f"{error}; pip install 'mudsc-fast[bench]'"
     return None
+
+
+# ---- linear assignment ----
+
+
+def _scipy(similarity: Tensor) -> Contender:
+    reason = why_missing("scipy.optimize")
+    if reason:
+        return Contender("scipy", None, reason)
+    from scipy.optimize import linear_sum_assignment
+
+    matrix = similarity.numpy()
+    return Contender("scipy", lambda: linear_sum_assignment(matrix, maximize=True)[1])
+
+
+def _lapjv(similarity: Tensor) -> Contender:
+    reason = why_missing("lapjv")
+    if reason:
+        return Contender("lapjv", None, reason)
+    from lapjv import lapjv
+
+    cost = (-similarity).numpy()
+    return Contender("lapjv", lambda: lapjv(cost)[0])
+
+
+def _lapx(similarity: Tensor) -> Contender:
+    reason = why_missing("lap")
+    if reason:
+        return Contender("lapx", None, reason)
+    import lap
+
+    cost = (-similarity).double().numpy()
+    return Contender("lapx", lambda: lap.lapjv(cost, return_cost=False)[0])
+
+
+def _lapx_c(similarity: Tensor) -> Contender:
+    reason = why_missing("lap")
+    if reason:
+        return Contender("lapx lapjvc", None, reason)
+    import lap
+
+    cost = (-similarity).double().numpy()
+    return Contender("lapx lapjvc", lambda: lap.lapjvc(cost, return_cost=False)[1])
+
+
+ASSIGNMENT_PEERS: tuple[Callable[[Tensor], Contender], ...] = (_scipy, _lapjv, _lapx, _lapx_c)
+
+
+# ---- covariance and similarity ----
+
+
+def openblas_ssyrk(together: Tensor) -> Contender:
+    """OpenBLAS's symmetric product through scipy, adding to a running sum as a streaming update does."""
+    name = "OpenBLAS ssyrk"
+    reason = why_missing("scipy.linalg")
+    if reason:
+        return Contender(name, None, reason)
+    import numpy as np
+    from scipy.linalg.blas import ssyrk
+
+    matrix = np.asfortranarray(together.numpy().T)  # (width, samples)
+    total = np.zeros((matrix.shape[0], matrix.shape[0]), dtype=np.float32, order="F")
+    return Contender(name, lambda: ssyrk(1.0, matrix, beta=1.0, c=total, overwrite_c=True))
+
+
+def official_covariance(features: Sequence[Tensor], dim: int) -> Callable[[], Tensor]:
+    """The published update: float32, units to the front, stacked, squares and sums of everything."""
+    width = features[0].shape[dim] * len(features)
+    outer, mean, total = torch.zeros(width, width), torch.zeros(width), torch.zeros(width)
+
+    def update() -> Tensor:
+        rows = [x.float().movedim(dim, 0).flatten(1) for x in features]
+        stacked = torch.cat(rows, dim=0)
+        stacked = torch.where(torch.isfinite(stacked), stacked, torch.zeros(()))
+        mean.add_(stacked.mean(1))
+        total.add_(stacked.std(1))
+        product: Tensor = stacked @ stacked.T
+        outer.add_(product / stacked.shape[1])
+        return product
+
+    return update
+
+
+def official_similarity(out: Sequence[Tensor], read: Sequence[Tensor], activation: Tensor, balance: float) -> Tensor:
+    """The published similarity: concatenated columns, correlation of all models with all, then the blend."""
+    rows = torch.cat([torch.cat([a, b.T], dim=1) for a, b in zip(out, read, strict=True)]).float()
+    rows = rows - rows.mean(1, keepdim=True)
+    deviation = rows.norm(dim=1)
+    correlation = rows @ rows.T / (deviation[:, None] * deviation[None, :] + 1e-7)
+    return balance * correlation + (1 - balance) * activation
 
 
 # ---- zip ----
@@ -55,4 +148,3 @@ def official_zip(similarity: Tensor, width: int, attenuation: float = 0.5, model
                 own = torch.tensor([m == owner for m in model_of])
                 sims[own[:, None] & own[None, :]] = -math.inf
     return indicator.argmax(dim=1).reshape(models, -1)
-

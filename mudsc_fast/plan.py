@@ -52,6 +52,13 @@ class MergePlan:
         if len(set(counts.values())) > 1:
             raise ValueError(f"labels: expected one number of models in all spaces, got {counts}")
         self._models = next(iter(counts.values()), 0)
+        for tie, names in spec.ties.items():
+            moved = {name: _blocks(self.labels[name], spec[name].blocks)[:, :, 0] for name in names}
+            for name in names[1:]:
+                if not torch.equal(moved[name], moved[names[0]]):
+                    raise ValueError(
+                        f"labels: tie {tie!r}: spaces {names[0]!r} and {name!r} move their blocks differently"
+                    )
 
     @property
     def models(self) -> int:
@@ -104,7 +111,7 @@ class MergePlan:
             raise ValueError(
                 f"align: needs a plan of method 'align', which keeps a model's function; got {self.method!r}"
             )
-        if not isinstance(model, int) or not 0 <= model < self.models:
+        if isinstance(model, bool) or not isinstance(model, int) or not 0 <= model < self.models:
             raise ValueError(f"model: expected 0..{self.models - 1}, got {model!r}")
         return align_tensors(self.spec, {name: rows[model] for name, rows in self.labels.items()}, state_dict)
 
@@ -132,6 +139,12 @@ class MergePlan:
             raise ValueError(f"{path}: damaged plan: {error}") from error
 
 
+def _blocks(labels: Tensor, blocks: int) -> Tensor:
+    """(models, blocks, units a block): the merged block of every unit."""
+    size = (int(labels.max()) + 1) // blocks
+    return (labels // size).reshape(labels.shape[0], blocks, -1)
+
+
 def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:
     what = f"labels of space {space.name!r}"
     if space.name not in labels:
@@ -157,7 +170,7 @@ def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:
             raise ValueError(f"{what}: expected a permutation for every model of an align plan")
     if size % space.blocks:
         raise ValueError(f"{what}: {size} merged units do not divide into {space.blocks} blocks")
-    blocks = (rows // (size // space.blocks)).reshape(rows.shape[0], space.blocks, -1)
+    blocks = _blocks(rows, space.blocks)
     if not bool((blocks == blocks[:, :, :1]).all()):
         raise ValueError(f"{what}: units of one block go to different merged blocks")
     return rows

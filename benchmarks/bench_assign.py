@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import mudsc_fast as mf
-from benchmarks.families import FAMILIES
-from benchmarks.harness import OURS, Contender, Row
-from benchmarks.peers import ASSIGNMENT_PEERS
+
+from .families import FAMILIES
+from .harness import OURS, Contender, Row
+from .peers import ASSIGNMENT_PEERS
 
 # What a peer in float32 may lose against the optimum, relative to the sum taken.
 TOLERANCE = 1e-5

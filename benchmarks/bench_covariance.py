@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import mudsc_fast as mf
-from benchmarks.harness import OURS, Contender, Row
-from benchmarks.peers import official_covariance, openblas_ssyrk
+
+from .harness import OURS, Contender, Row
+from .peers import official_covariance, openblas_ssyrk
 
 MODELS = 2
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import mudsc_fast as mf
-from benchmarks.harness import OURS, Contender, Row
+
+from .harness import OURS, Contender, Row
 
 
 def _row(shape: tuple[int, ...], dim: int, dtype: torch.dtype, kind: str, threads: int = 1) -> Row:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import mudsc_fast as mf
-from benchmarks.harness import OURS, Contender, Row
-from benchmarks.peers import official_similarity
+
+from .harness import OURS, Contender, Row
+from .peers import official_similarity
 
 
 def _row(width: int, columns: int, dtype: torch.dtype, target: float | None, threads: int = 1) -> Row:

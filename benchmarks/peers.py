@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender
+from .harness import Contender
 
 
 def why_missing(module: str) -> str | None:
@@ -122,29 +122,45 @@ def _without(matrix: Tensor, column: int) -> Tensor:
     return torch.cat([matrix[:, :column], matrix[:, column + 1 :]], dim=1)
 
 
-def official_zip(similarity: Tensor, width: int, attenuation: float = 0.5, models: int = 2) -> Tensor:
+def official_zip(
+    similarity: Tensor, width: int, attenuation: float = 0.5, models: int = 2, pairing: Tensor | None = None
+) -> Tensor:
     """The greedy rule as published: search the whole matrix for every merge, then cut a row and a column out of it.
 
-    Returns labels (models, units of a model), numbered by lowest member.
+    With a pairing of blocks, (models, blocks), the whole matrix is searched through a mask that leaves one union of
+    blocks open at a time. Returns labels (models, units of a model), numbered by lowest member.
     """
     sims = similarity.clone().fill_diagonal_(-math.inf)
     total = sims.shape[0]
+    blocks = 1 if pairing is None else pairing.shape[1]
     indicator = torch.eye(total)
-    model_of = [i * models // total for i in range(total)]
-    left = [(total - width) // models] * models
-    while sims.shape[0] > width:
-        i, j = sorted(divmod(int(sims.reshape(-1).argmax()), sims.shape[0]))
-        indicator[:, i] += indicator[:, j]
-        indicator = _without(indicator, j)
-        sims[:, i] = torch.minimum(sims[:, i], sims[:, j]) * attenuation
-        sims = _without(sims, j)
-        sims = _without(sims.T, j).T
-        sims[i, :] = sims[:, i]
-        sims[i, i] = -math.inf
-        owner, other = model_of[i], model_of.pop(j)
-        if owner == other:
-            left[owner] -= 1
-            if left[owner] == 0:
-                own = torch.tensor([m == owner for m in model_of])
-                sims[own[:, None] & own[None, :]] = -math.inf
+    model_of = torch.arange(total) * models // total
+    block_of = torch.arange(total) * models * blocks // total
+    left = torch.full((models,), (total - width) // models)
+    left_in_block = torch.full((models * blocks,), (total - width) // (models * blocks))
+    for b in range(blocks):
+        mask = None
+        if pairing is not None:
+            own = torch.isin(block_of, pairing[:, b] + torch.arange(models) * blocks)
+            mask = torch.full_like(sims, -math.inf)
+            mask[own[:, None] & own[None, :]] = 0.0
+        for _ in range((total - width) // blocks):
+            searched = sims if mask is None else sims + mask
+            i, j = sorted(divmod(int(searched.reshape(-1).argmax()), sims.shape[0]))
+            indicator[:, i] += indicator[:, j]
+            indicator = _without(indicator, j)
+            sims[:, i] = torch.minimum(sims[:, i], sims[:, j]) * attenuation
+            sims = _without(_without(sims, j).T, j).T
+            sims[i, :] = sims[:, i]
+            sims[i, i] = -math.inf
+            if mask is not None:
+                mask = _without(_without(mask, j).T, j).T
+            same_model, same_block = bool(model_of[i] == model_of[j]), bool(block_of[i] == block_of[j])
+            model_of, block_of = _without(model_of[None], j)[0], _without(block_of[None], j)[0]
+            for same, origin, budget in ((same_model, model_of, left), (same_block, block_of, left_in_block)):
+                if same:
+                    budget[origin[i]] -= 1
+                    if budget[origin[i]] <= 0:
+                        own = origin == origin[i]
+                        sims[own[:, None] & own[None, :]] = -math.inf
     return indicator.argmax(dim=1).reshape(models, -1)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import mudsc_fast as mf
-from benchmarks import ceilings
-from benchmarks.harness import OURS, Result, WrongResult, growth, run_row
+
+from . import ceilings
+from .harness import OURS, Result, WrongResult, growth, run_row
 
 OPS = ("covariance", "similarity", "assign", "zip", "regroup")
 
@@ -31,7 +32,7 @@ def run(
     failures: list[str] = []
     start = time.time()
     for op in ops:
-        for row in importlib.import_module(f"benchmarks.bench_{op}").rows(quick):
+        for row in importlib.import_module(f".bench_{op}", __package__).rows(quick):
             try:
                 results.append(run_row(row, limits, budget=2.0 if quick else 15.0))
             except WrongResult as error:

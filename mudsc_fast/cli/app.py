@@ -14,6 +14,7 @@ from types import FrameType
 
 import click
 
+from mudsc_fast.cli.benchmarking import bench
 from mudsc_fast.cli.calibrating import calibrate
 from mudsc_fast.cli.inspecting import check, info, spec
 from mudsc_fast.cli.merging import align, merge
@@ -68,7 +69,7 @@ def cli() -> None:
     """
 
 
-for _command in (merge, align, calibrate, spec, check, info):
+for _command in (merge, align, calibrate, spec, check, bench, info):
     cli.add_command(_command)
 
 

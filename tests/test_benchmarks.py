@@ -1,0 +1,131 @@
+"""The suite: its rows are right and run, a wrong contender is caught, and the command prints, saves and draws."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import suite
+from benchmarks.harness import OURS, Contender, Result, Row, WrongResult, growth, run_row, threads_set
+from mudsc_fast.cli.app import cli
+
+
+def row(contenders: list[Contender], **options: object) -> Row:
+    return Row("op", "case", 8, lambda: contenders, lambda name, value: abs(value - 1.0), 0.1, **options)
+
+
+def test_ratio_is_of_times_taken_in_turns() -> None:
+    order: list[str] = []
+
+    def taking(name: str, seconds: float) -> Contender:
+        def run() -> float:
+            order.append(name)
+            time.sleep(seconds)
+            return 1.0
+
+        return Contender(name, run)
+
+    result = run_row(row([taking(OURS, 0.01), taking("slow", 0.03)], target=2.0, rounds=4))
+    assert order == [OURS, "slow"] * 5
+    assert 2.0 < result.ratios["slow"] < 3.5
+    assert result.met
+    assert result.measured == result.ratios["slow"]
+
+
+def test_wrong_result_is_never_timed() -> None:
+    with pytest.raises(WrongResult, match="cheat is off by 1"):
+        run_row(row([Contender(OURS, lambda: 1.0), Contender("cheat", lambda: 2.0)]))
+    with pytest.raises(WrongResult, match="off by nan"):
+        run_row(row([Contender(OURS, lambda: float("nan"))]))
+
+
+def test_missing_peers_are_named_and_best_is_the_fastest_of_the_rest() -> None:
+    contenders = [
+        Contender(OURS, lambda: 1.0),
+        Contender("gone", None, "no module"),
+        Contender("a", lambda: time.sleep(0.002) or 1.0),
+        Contender("b", lambda: time.sleep(0.004) or 1.0),
+    ]
+    result = run_row(row(contenders, target=1e9, rounds=3))
+    assert result.missing == {"gone": "no module"}
+    assert "gone: missing (no module)" in suite.line(result)
+    assert result.measured == min(result.ratios.values())
+    assert result.met is False
+    assert suite.line(result).startswith("LOW")
+
+
+def test_growth_exponent() -> None:
+    results = [Result("op", "case", n, 1, seconds={OURS: 3e-9 * n**2.5}) for n in (64, 128, 512, 1024)]
+    assert growth(results)["op", "case", 1] == pytest.approx(2.5)
+    assert not growth(results[:2])
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with threads_set(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("op", suite.OPS)
+def test_every_op_has_rows_that_are_right(op: str) -> None:
+    rows = list(importlib.import_module(f"benchmarks.bench_{op}").rows(quick=True))
+    assert all(r.op == op for r in rows)
+    assert any(r.target is not None for r in rows)
+    smallest: dict[str, Row] = {}
+    for r in rows:
+        if r.case not in smallest or r.size < smallest[r.case].size:
+            smallest[r.case] = r
+    chosen = min(smallest.values(), key=lambda r: r.size)
+    result = run_row(chosen, {"flop": 1e11, "byte": 1e10}, budget=0.1)
+    assert result.seconds[OURS] > 0
+    assert max(result.errors.values()) <= chosen.tolerance
+
+
+def test_command_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [
+        Row(
+            "zip",
+            "case",
+            n,
+            lambda: [Contender(OURS, lambda: 1.0), Contender("peer", lambda: 1.0)],
+            lambda *_: 0.0,
+            0.0,
+        )
+        for n in (8, 16, 32)
+    ]
+    monkeypatch.setattr("benchmarks.bench_zip.rows", lambda quick: made)
+    monkeypatch.setattr("benchmarks.ceilings.measure", lambda: {"flop": 1e11, "byte": 1e10})
+    monkeypatch.setattr("mudsc_fast.cli.benchmarking._suite", lambda: suite)
+    figures = tmp_path / "figures.json"
+    arguments = ["bench", "--quick", "--op", "zip", "--json", str(figures), "--plot", str(tmp_path / "plots")]
+    ran = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    assert ran.return_value == 0, ran.output
+    assert "3 rows, 0 of 0 targets met, 0 wrong" in ran.output
+    saved = json.loads(figures.read_text())
+    assert [r["size"] for r in saved["rows"]] == [8, 16, 32]
+    assert saved["ceilings"] == {"flop": 1e11, "byte": 1e10}
+    assert saved["config"]["isas_usable"]
+    assert (tmp_path / "plots" / "zip.png").stat().st_size > 1000
+
+
+def test_command_fails_when_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Row("zip", "case", 8, lambda: [Contender(OURS, lambda: 1.0)], lambda *_: 1.0, 0.0)
+    monkeypatch.setattr("benchmarks.bench_zip.rows", lambda quick: [wrong])
+    monkeypatch.setattr("benchmarks.ceilings.measure", dict)
+    monkeypatch.setattr("mudsc_fast.cli.benchmarking._suite", lambda: suite)
+    ran = CliRunner().invoke(cli, ["bench", "--op", "zip"], standalone_mode=False)
+    assert ran.return_value == 1
+    assert "1 wrong" in ran.output
+
+
+def test_command_refuses_an_unknown_op() -> None:
+    ran = CliRunner().invoke(cli, ["bench", "--op", "sort"])
+    assert ran.exit_code == 2
+    assert "expected one of covariance" in ran.output

@@ -148,7 +148,7 @@ GOLDEN = {name: (inputs, expected) for name, inputs, expected in mlp_cases()}
 
 
 @pytest.mark.parametrize("name", ["zip", "zip_act", "zip_w", "align_w"])
-def test_recorded_networks(name: str) -> None:
+def test_recorded_networks(name: str, isa: str) -> None:
     inputs, expected = GOLDEN[name]
     state_dicts, stats = mlp_state_dicts(), golden_stats() if inputs["activations"] else None
     plan = mf.match(state_dicts, specs.mlp((48, 48, 48)), stats, inputs["method"], balance=inputs["balance"])

@@ -96,6 +96,21 @@ def test_training_models_stay_training_and_heads_are_accepted() -> None:
     assert all(torch.equal(tensor, again[key]) for key, tensor in merged.items())
 
 
+def test_a_hugging_face_model_with_keyword_batches() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=10, image_size=4, patch_size=2
+    )
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    spec = mf.spec_for(model)
+    other = transformers.ViTForImageClassification(config).eval()
+    other.load_state_dict(spec.permute(model.state_dict(), spec.random_permutation(1)))
+    batches = [{"pixel_values": torch.randn(16, 3, 4, 4)} for _ in range(2)]
+    merged = mf.merge_models([model, other], batches, method="align", weights=[1, 2])
+    assert all(torch.equal(merged[key], tensor) for key, tensor in model.state_dict().items())
+
+
 class Unknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -44,9 +44,10 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
         context.exit()
 
 
-@click.group(context_settings=CONTEXT, no_args_is_help=True)
+@click.group(context_settings=CONTEXT, invoke_without_command=True)
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it.")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Merge trained networks without training them again.
 
     Units (channels, neurons, attention heads) of separately trained models are matched by the similarity of their
@@ -67,6 +68,10 @@ def cli() -> None:
     Exit codes: 0 done, 1 failed, 2 bad usage or input, 130 interrupted. Every output is written under a temporary
     name and renamed, so an interrupted run leaves nothing behind.
     """
+    if context.invoked_subcommand is None:
+        # click's own no_args_is_help exits with 0 or 2, depending on its version.
+        click.echo(context.get_help(), err=True)
+        context.exit(USAGE)
 
 
 for _command in (merge, align, calibrate, spec, check, bench, info):

@@ -19,7 +19,7 @@ import mudsc_fast as mf
 from . import ceilings
 from .harness import OURS, Result, WrongResult, growth, run_row
 
-OPS = ("covariance", "similarity", "assign", "zip", "regroup")
+OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
 
 
 def run(

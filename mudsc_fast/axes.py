@@ -191,6 +191,21 @@ def _relayout(total: int, parts: Sequence[tuple[Piece, Tensor, list[int]]], name
     return result, (int(lengths.sum()),)
 
 
+def _whole(group: Group, spaces: set[str]) -> Space | None:
+    """The space without blocks whose units are all of a group's one dim, in order: its labels are the axis's labels."""
+    if len(group.dims) != 1 or len(group.pieces) != 1 or len(spaces) != 1 or len(group.pieces[0].members) != 1:
+        return None
+    piece, member = group.pieces[0], group.pieces[0].members[0]
+    covers = member.inner == tuple(range(len(piece.factors))) and prod(piece.factors) == group.sizes[0]
+    return member.space if covers and not member.block and member.space.blocks == 1 else None
+
+
+def _in_range(space: Space, labels: Tensor, width: int) -> Tensor:
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= width):
+        raise ValueError(f"labels of space {space.name!r}: expected 0..{width - 1}")
+    return labels
+
+
 def axis_labels(
     spec: PermutationSpec,
     name: str,
@@ -211,6 +226,11 @@ def axis_labels(
         if not spaces:
             continue
         depth = {labels[s].dim() for s in spaces}
+        whole = _whole(group, spaces)
+        if whole is not None and labels[whole.name].shape[-1] == whole.width:
+            width = widths.get(whole.name, whole.width)
+            maps.append(AxisMap(group.dims, _in_range(whole, labels[whole.name].cpu(), width), (width,), group.role))
+            continue
         if depth == {1}:
             merged, sizes = _group_labels(group, labels, widths, name)
         elif depth == {2}:

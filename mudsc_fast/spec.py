@@ -323,6 +323,16 @@ class PermutationSpec:
 
     def groups(self, name: str, shape: Sequence[int]) -> list[layout.Group]:
         """How the spaces lie on the tensor `name` of this shape: its groups of dims (see mudsc_fast.layout)."""
+        key = name, tuple(shape)
+        if key not in self._groups:
+            self._groups[key] = self._find_groups(name, shape)
+        return self._groups[key]
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, tuple[int, ...]], list[layout.Group]]:
+        return {}
+
+    def _find_groups(self, name: str, shape: Sequence[int]) -> list[layout.Group]:
         entries = self.entries.get(name, ())
         sizes = {}
         for space, axis in entries:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from mudsc_fast.plan import MergePlan
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spec import Space
 
 Width = int | float | Mapping[str, int | float]
 
@@ -31,14 +32,20 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
-def two_or_more(state_dicts: Sequence[Mapping[str, Tensor]] | None) -> Sequence[Mapping[str, Tensor]]:
-    """The state dicts, if there are at least two."""
+def check_spec(spec: PermutationSpec) -> None:
+    """TypeError unless a PermutationSpec."""
+    if not isinstance(spec, PermutationSpec):
+        raise TypeError(f"spec: expected a PermutationSpec, got {type(spec).__name__}")
+
+
+def two_or_more(state_dicts: Sequence[Mapping[str, Tensor]] | None) -> list[Mapping[str, Tensor]]:
+    """The state dicts as a list, if there are at least two."""
     if isinstance(state_dicts, Mapping):
         raise TypeError("state_dicts: expected a sequence of mappings, one a model, got one mapping")
-    if state_dicts is None or len(state_dicts) < 2:
-        got = "none" if state_dicts is None else len(state_dicts)
-        raise ValueError(f"state_dicts: expected two or more, got {got}; only balance 0 needs no weights")
-    return state_dicts
+    given = list(state_dicts or ())
+    if len(given) < 2:
+        raise ValueError(f"state_dicts: expected two or more, got {len(given)}; only balance 0 needs no weights")
+    return given
 
 
 def check_activations(
@@ -53,6 +60,8 @@ def check_activations(
     for name, covariance in activations.items():
         if name not in spec:
             raise ValueError(f"activations: the spec has no space {name!r}")
+        if not isinstance(covariance, Covariance):
+            raise TypeError(f"activations: expected a Covariance, got {type(covariance).__name__} for space {name!r}")
         space = spec[name]
         if covariance.width != space.width:
             raise ValueError(

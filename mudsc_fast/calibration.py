@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mudsc_fast.arguments import check_spec
 from mudsc_fast.axes import rows
 from mudsc_fast.batches import check_batches, evaluation, feed, length_of, placed
 from mudsc_fast.covariance import Covariance
@@ -99,6 +100,7 @@ def calibrate(
     for m, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    check_spec(spec)
     batches = check_batches(batches)
     ports: dict[Port, list[tuple[str, Tap]]] = {}
     for space in spec.spaces:

@@ -15,6 +15,7 @@ from mudsc_fast.arguments import (
     check_activations,
     check_count,
     check_share,
+    check_spec,
     check_start,
     merged_widths,
     two_or_more,
@@ -63,7 +64,8 @@ def match(
         that may happen inside one model.
     seed: of the order in which spaces are visited. max_sweeps, patience: limits of all sweeps, and of sweeps in a row
         without a better mean value L.
-    start: a plan of the same spec and method whose labels the sweeps begin with, instead of the match by activations.
+    start: a plan of the same spec and method whose labels the sweeps begin with, instead of the match by activations;
+        balance 0 has no sweeps and does not use it.
     progress: True draws a bar on a terminal, "always" also elsewhere, False never.
     device: where weights are compared; None: where the statistics are, or else the tensors.
 
@@ -77,6 +79,7 @@ def match(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_spec(spec)
     check_share("balance", balance)
     check_share("budget", budget, top=None)
     check_count("max_sweeps", max_sweeps, 0)
@@ -87,7 +90,7 @@ def match(
     weights = Weights(two_or_more(state_dicts), spec) if balance > 0 else None
     if weights is None and not activations:
         raise ValueError("activations: balance 0 compares activations alone, but none were given")
-    models = len(state_dicts) if state_dicts else None
+    models = weights.models if weights is not None else len(state_dicts) if state_dicts else None
     if activations:
         models = check_activations(activations, spec, models, full=method == "zip")
     if models is None:
@@ -100,9 +103,9 @@ def match(
         where = next(iter(activations.values())).mean.device
     matcher = Matcher(spec, models, method, weights, activations or {}, balance, widths, attenuation, budget, where)
     descent = _Descent(matcher)
-    if start is not None:
+    if start is not None and balance > 0:
         descent.current = {name: Match(labels, start.values.get(name, 0.0)) for name, labels in start.labels.items()}
-    if activations and (start is None or balance == 0):
+    elif activations:
         descent.by_activations(progress)
     history: list[float] = []
     if balance > 0:

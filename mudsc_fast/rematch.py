@@ -92,6 +92,8 @@ class Matcher:
         return dual_similarity(terms, activation, balance, scope)
 
     def _terms(self, space: Space, current: Mapping[str, Match]) -> list[list[Term]]:
+        # Rebuilt at every visit: a sum over the tensors whose neighbours stood still would have to be kept for every
+        # tensor, width^2 each, and a space whose neighbours all stood still is not visited again at all.
         if self.weights is None:
             return []
         terms = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import UserDict, namedtuple
 
 import pytest
@@ -253,6 +255,26 @@ def test_models_come_back_untouched_after_an_error(where: str) -> None:
     assert_untouched(nets, before)
 
 
+def test_only_the_current_batch_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    update = mf.Covariance.update
+
+    def watched(self: mf.Covariance, features: list[Tensor], dim: int = -1) -> None:
+        held.extend(weakref.ref(x) for x in features)
+        update(self, features, dim)
+
+    monkeypatch.setattr(mf.Covariance, "update", watched)
+
+    def data() -> object:
+        for x in batches():
+            gc.collect()
+            assert not [r for r in held if r() is not None]
+            yield x
+
+    mf.calibrate(mlps(3), data(), mlp_spec())
+    assert len(held) == 3 * 2 * 3
+
+
 def test_save_and_load(tmp_path) -> None:
     stats = mf.calibrate(mlps(3), batches(), mlp_spec())
     stats.save(tmp_path / "stats.safetensors")
@@ -308,6 +330,7 @@ def test_another_kind_of_file_is_refused(tmp_path) -> None:
         ({"batches": [()]}, ValueError, "without an input"),
         ({"batches": [{}]}, ValueError, "keyword arguments is empty"),
         ({"batches": [torch.zeros(0, 9)]}, ValueError, r"empty batch of shape \(0, 9\)"),
+        ({"spec": "mlp"}, TypeError, "spec: expected a PermutationSpec, got str"),
         ({"scope": "half"}, ValueError, "scope"),
         ({"progress": "sometimes"}, ValueError, "progress"),
         ({"models": [*mlps(1), *mlps(1, (12, 8))]}, ValueError, r"tap 'head' .*expected activations of one shape"),

@@ -240,6 +240,10 @@ def test_bare_matches_need_no_weights_or_no_activations() -> None:
     state_dicts = [net.state_dict() for net in nets]
     stats = mf.calibrate(nets, case.batches(), case.spec)
     by_activations = [mf.match(given, case.spec, stats, balance=0).labels for given in (None, [], state_dicts)]
+    started = mf.match(None, case.spec, stats, balance=0, start=mf.match(state_dicts, case.spec))
+    assert all(torch.equal(started.labels[name], by_activations[0][name]) for name in started.labels)
+    again = mf.match((sd for sd in state_dicts), case.spec, stats)
+    assert again.history == mf.match(state_dicts, case.spec, stats).history
     for labels in by_activations[1:]:
         assert all(torch.equal(labels[name], by_activations[0][name]) for name in labels)
     raw = mf.match(state_dicts, case.spec, None, balance=1)
@@ -358,7 +362,7 @@ def poisoned(value: float) -> Tensor:
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no state dicts": ({"state_dicts": []}, ValueError, "state_dicts: expected two or more, got 0"),
-    "none": ({"state_dicts": None}, ValueError, "state_dicts: expected two or more, got none"),
+    "none": ({"state_dicts": None}, ValueError, "state_dicts: expected two or more, got 0"),
     "one": ({"state_dicts": STATES[:1]}, ValueError, "state_dicts: expected two or more, got 1"),
     "one mapping": ({"state_dicts": STATES[0]}, TypeError, "state_dicts: expected a sequence of mappings"),
     "no mappings": ({"state_dicts": [1, 2]}, TypeError, "expected mappings of tensors, got int for model 0"),
@@ -418,6 +422,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"method": "zip", "width": 2, "budget": 0.1},
         ValueError,
         r"space 'fc\d' \(width 2, budget 0.1\)",
+    ),
+    "no spec": ({"spec": None}, TypeError, "spec: expected a PermutationSpec, got NoneType"),
+    "activations of other items": (
+        {"activations": {"fc1": 3}},
+        TypeError,
+        "activations: expected a Covariance, got int for space 'fc1'",
     ),
     "activations of other type": ({"activations": [1]}, TypeError, "activations: expected a mapping"),
     "cross for a zip": (

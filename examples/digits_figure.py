@@ -57,7 +57,7 @@ def draw(rows: Sequence[Row], before: Tensor, after: Tensor, space: str, path: P
     )
     figure.text(0.575, 0.125, caption, fontsize=9, color=QUIET, linespacing=1.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 

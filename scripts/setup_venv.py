@@ -47,6 +47,12 @@ def create(venv: Path, reuse: bool) -> None:
         subprocess.run([python, "-m", "ensurepip"], check=True)
 
 
+def has_torch(venv: Path) -> bool:
+    """Whether the environment finds a torch, without importing it."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    return subprocess.run([str(venv / "bin/python"), "-c", code], check=False).returncode == 0
+
+
 def declared(extras: list[str]) -> list[str]:
     """The requirements of the build system, of the package and of the named extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -80,7 +86,7 @@ def main() -> None:
         environment.setdefault("PIP_RETRIES", "0")
         environment.setdefault("PIP_DEFAULT_TIMEOUT", "10")
     pip = [str(options.venv / "bin/python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    if not marker.exists():
+    if not has_torch(options.venv):  # a torch that is there stays, whichever it is
         print(f"setup_venv: {options.torch}", flush=True)
         subprocess.run([*pip, *options.torch.split()], env=environment, check=True)
     extras = [name for name in options.extras.split(",") if name]

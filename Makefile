@@ -70,7 +70,7 @@ mypy: $(STAMPS)/with-dev
 	$(PY) -m mypy
 
 bench: $(PACKAGE) $(STAMPS)/with-bench
-	$(PY) -m benchmarks $(ARGS)
+	$(VENV)/bin/mudsc-fast bench $(ARGS)
 
 gpu:
 	@$(PYTHON) scripts/gpu_check.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,12 @@ def merge_models(
     method: "zip" or "align". heads: known class vectors (classes, features), one a model; not used by these
         methods.
     weights: share of every model in the averages. balance and further options: as for `match`.
-    reset_bn: False leaves batch-norm statistics averaged, which without batches is the only choice (a network whose
-        statistics are only averaged is usually at chance).
+    reset_bn: False leaves batch-norm statistics averaged. Without batches that is all that can be done, and a warning
+        says so: a network whose statistics are only averaged is usually at chance.
     device: where to calibrate and compare; None: where the models are.
 
     Returns the merged state dict, with model 0's names, dtypes and devices. Raises ValueError or TypeError as the
-    single steps do, and if there are batch-norm layers to reset but no batches.
+    single steps do.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -59,7 +60,11 @@ def merge_models(
     reset = reset_bn and bool(tracked_batchnorms(models[0]))
     if batches is None:
         if reset:
-            raise ValueError("batches: needed to recompute batch-norm statistics; reset_bn=False merges without")
+            warnings.warn(
+                "batch-norm statistics are only averaged, because no batches were given to recompute them from; such a "
+                "network is usually at chance. Give batches, or call reset_batchnorm on the merged model",
+                stacklevel=2,
+            )
         if balance == 0:
             raise ValueError("batches: balance 0 compares activations alone, but no batches were given")
     elif isinstance(check_batches(batches), Iterator):

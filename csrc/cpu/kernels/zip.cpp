@@ -73,10 +73,11 @@ class Zipper {
         const Status loaded = load();
         if (loaded != Status::ok) return loaded;
         start();
+        if (stopped) return Status::interrupted;
         *a.total = 0;
         *a.made = 0;
         for (int64_t step = 0; step < a.merges; ++step) {
-            if (step % 16 == 0 && a.poll()) return Status::interrupted;
+            if (a.poll()) return Status::interrupted;
             const int64_t i = top_row();
             if (i < 0) return Status::infeasible;
             const int64_t j = partner[i];
@@ -91,6 +92,12 @@ class Zipper {
     T* row(int64_t i) const { return w.get() + i * ld; }
     static constexpr T kNone = -static_cast<T>(INFINITY);
 
+    // Inside tasks: whether to give up. Only the calling thread asks, the others see what it found.
+    bool stop(int worker) {
+        if (worker == 0 && !stopped && a.poll()) __atomic_store_n(&stopped, true, __ATOMIC_RELAXED);
+        return __atomic_load_n(&stopped, __ATOMIC_RELAXED);
+    }
+
     // Copies the chosen rows and columns, checks them, and makes the copy exactly symmetric.
     Status load() {
         const T* s = static_cast<const T*>(a.similarity);
@@ -100,10 +107,11 @@ class Zipper {
         Buffer<T> magnitude(bands), difference(bands);
         Buffer<uint8_t> bad(bands);
         if (!magnitude || !difference || !bad) return Status::no_memory;
-        parallel_each(a.threads, bands, [&](int64_t band, int) {
+        parallel_each(a.threads, bands, [&](int64_t band, int worker) {
             T most = 0;
             bool broken = false;
             for (int64_t i = band * kTile; i < min64((band + 1) * kTile, n); ++i) {
+                if (stop(worker)) return;
                 const T* from = s + a.units[i] * a.row_stride;
                 T* to = row(i);
                 if (consecutive) {
@@ -132,12 +140,14 @@ class Zipper {
             bad[band] = broken;
             magnitude[band] = most;
         });
+        if (stopped) return Status::interrupted;
         T most = 0;
         for (int64_t b = 0; b < bands; ++b) {
             if (bad[b]) return Status::not_finite;
             most = magnitude[b] > most ? magnitude[b] : most;
         }
-        parallel_each(a.threads, bands, [&](int64_t band, int) { difference[band] = mirror(band); });
+        parallel_each(a.threads, bands, [&](int64_t band, int worker) { difference[band] = mirror(band, worker); });
+        if (stopped) return Status::interrupted;
         for (int64_t b = 0; b < bands; ++b) {
             if (static_cast<double>(difference[b]) > kSymmetryTolerance * static_cast<double>(most))
                 return Status::not_symmetric;
@@ -146,10 +156,11 @@ class Zipper {
     }
 
     // Copies the upper triangle's tiles of one band of columns onto the lower triangle; returns the largest difference.
-    T mirror(int64_t band) {
+    T mirror(int64_t band, int worker) {
         T largest = 0;
         const int64_t k0 = band * kTile, k1 = min64(k0 + kTile, n);
         for (int64_t i0 = 0; i0 <= k0; i0 += kTile) {
+            if (stop(worker)) return 0;
             for (int64_t k = k0; k < k1; ++k) {
                 T* lower = row(k);
                 const int64_t end = min64(i0 + kTile, k);
@@ -174,8 +185,11 @@ class Zipper {
         for (int m = 0; m < a.models; ++m) {
             if (spent(m)) bar_pairs_inside(m);
         }
-        parallel_each(a.threads, ceil_div(n, kTile), [&](int64_t band, int) {
-            for (int64_t i = band * kTile; i < min64((band + 1) * kTile, n); ++i) search(i);
+        parallel_each(a.threads, ceil_div(n, kTile), [&](int64_t band, int worker) {
+            for (int64_t i = band * kTile; i < min64((band + 1) * kTile, n); ++i) {
+                if (stop(worker)) return;
+                search(i);
+            }
         });
     }
 
@@ -306,9 +320,10 @@ class Zipper {
     const int64_t n;
     const int64_t ld;    // an odd number of cache lines: entries of one column do not share cache sets
     int64_t events = 0;  // merges recorded
-    Buffer<T> w;         // [n, ld] the working similarity; its diagonal is never looked at
-    Buffer<T> gone;      // [n] added to a row's entries: -inf for units that take part in no further pair, else 0
-    Buffer<T> best;      // [n] the row's largest entry to the right of the diagonal
+    bool stopped = false;
+    Buffer<T> w;     // [n, ld] the working similarity; its diagonal is never looked at
+    Buffer<T> gone;  // [n] added to a row's entries: -inf for units that take part in no further pair, else 0
+    Buffer<T> best;  // [n] the row's largest entry to the right of the diagonal
     Buffer<int64_t> partner;
     Buffer<uint8_t> stale;
     Buffer<int32_t> model;

@@ -71,11 +71,20 @@ def _outputs(
         kwargs = dict(inputs)
     else:
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    output = torch.func.functional_call(model, state, args, kwargs)
-    found = list(_floats(select(output) if select else output))
+    # Names that share one tensor are given one each: a spec has to move them alike by itself.
+    output = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
+    found = list(_floats((select or primary)(output)))
     if not found:
         raise ValueError("verify: the model returned no floating tensor")
     return found
+
+
+def primary(output: Any) -> Any:
+    """What a model is for: of an output with logits only these (not its hidden states or caches), else all of it."""
+    if isinstance(output, Mapping):
+        logits = {key: value for key, value in output.items() if str(key).startswith("logits")}
+        return logits or output
+    return output
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -425,14 +425,32 @@ class PermutationSpec:
         """{space, "tie NAME" or "all": largest relative change of the outputs when it is permuted at random}.
 
         A tied space alone is permuted inside its blocks; the tie as a whole moves its blocks too. inputs: a tensor, a
-        tuple of arguments or a dict of keyword arguments. select: the part of the output to compare (by default all
-        floating tensors in it). The model runs in eval mode and is left as it was.
+        tuple of arguments or a dict of keyword arguments. select: the part of the output to compare (by default its
+        logits, or all floating tensors where it has none). The model runs in eval mode and is left as it was.
         """
         return law.changes(self, model, inputs, seed, select)
 
     def verify(self, model: nn.Module, inputs: Any, seed: int = 0, select: Callable[[Any], Any] | None = None) -> float:
         """The largest relative change of the outputs over random permutations (see verify_each)."""
         return max(self.verify_each(model, inputs, seed, select).values(), default=0.0)
+
+    @classmethod
+    def trace(
+        cls,
+        model: nn.Module,
+        example_args: Any = (),
+        example_kwargs: Mapping[str, Any] | None = None,
+        select: Callable[[Any], Any] | None = None,
+    ) -> PermutationSpec:
+        """The spec of a model that nobody wrote one for, found by following axes through its exported graph.
+
+        model: on any device, "meta" too; left as it was. example_args, example_kwargs: inputs on this device, no dim of
+        size 1 that may be larger in use. select: the part of the output that has to stay the same (by default logits
+        alone, where there are). What may not move is in `frozen`. ValueError if torch.export cannot read the model.
+        """
+        from mudsc_fast.tracing import trace
+
+        return trace(model, example_args, example_kwargs, select)
 
     def to_json(self) -> str:
         """The spec as JSON text, data only; defaults are left out."""

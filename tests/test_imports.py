@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_core", "build"),
     ("backends",),
     ("regrouping", "zipping", "assignment", "covariance", "similarity"),
-    ("layout", "axes", "law", "spec"),
+    ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),
     (
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "hooks", "matching", "merging",

@@ -445,8 +445,8 @@ class Named(nn.Module):
 def test_verify_of_keywords_and_parts_of_the_output() -> None:
     spec = specs.mlp((8,), ("body.fc1", "body.head"))
     model, inputs = Named(), {"x": torch.randn(4, 6)}
-    assert spec.verify(model, inputs, select=lambda out: out["logits"]) < 1e-5
-    assert spec.verify(model, inputs) > 1e-3
+    assert spec.verify(model, inputs) < 1e-5  # the logits alone
+    assert spec.verify(model, inputs, select=lambda out: out) > 1e-3
     with pytest.raises(ValueError, match="no floating tensor"):
         spec.verify(model, inputs, select=lambda out: out["count"])
     with pytest.raises(ValueError, match=r"unknown tensor 'fc1.weight'"):

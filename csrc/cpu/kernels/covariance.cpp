@@ -148,7 +148,7 @@ class Accumulator {
     T* panel(int64_t p) const { return static_cast<T*>(s_.panels) + p * kGramDepth * kPanel; }
     uint32_t* raw_panel(int64_t p) const { return reinterpret_cast<uint32_t*>(panel(p)); }
 
-    // Raw values of one panel's units for samples [k0, k0 + n) of this batch, non-finite ones as 0.
+    // One panel's units for samples [k0, k0 + n) of this batch, as they are.
     void fill_panel(int64_t p, int64_t k0, int64_t n, T* to) const {
         layout_.segments(p, [&](int64_t model, int64_t unit, int lane, int units) {
             const CovarianceSource& source = sources_[model];
@@ -157,17 +157,22 @@ class Accumulator {
             const Columns columns{offsets_.get() + model * kGramDepth, nullptr, nullptr};
             fill<T>(source.dtype, source.data, off, columns, units, k0, n, to + lane);
         });
-        drop_non_finite(to, n);
     }
 
     // First samples of all: the shift is their mean, the scale brings their spread into float32's range.
     void begin(int64_t p, int64_t take) const {
         T block[kPackRows * kPanel] = {};
+        T none[kPanel] = {}, one[kPanel];
         double sums[kPanel] = {}, squares[kPanel] = {}, low[kPanel], high[kPanel];
-        for (int u = 0; u < kPanel; ++u) low[u] = high[u] = 0;
+        for (int u = 0; u < kPanel; ++u) {
+            low[u] = high[u] = 0;
+            one[u] = 1;
+        }
         for (int64_t k = 0; k < take; k += kPackRows) {
             const int64_t n = min64(kPackRows, take - k);
             fill_panel(p, k, n, block);
+            double ignored[kPanel] = {};
+            settle_samples(block, n, none, one, ignored, ignored);  // non-finite entries to 0
             measure(block, n, sums, squares);
             for (int64_t i = 0; i < n; ++i) {
                 for (int u = 0; u < kPanel; ++u) {
@@ -227,14 +232,60 @@ class Accumulator {
             scale[u] = static_cast<T>(s_.scale[p * kPanel + u]);
         }
         if (s_.raw[p] != 0) memset(block, 0, sizeof block);
-        for (int64_t k = 0; k < take; k += kPackRows) {
-            const int64_t n = min64(kPackRows, take - k);
+        int64_t run_model = -1, run_unit = 0;  // set when the panel is 48 units of one model, side by side in memory
+        layout_.segments(p, [&](int64_t model, int64_t unit, int, int units) {
+            if (units == kPanel && sources_[model].unit_stride == 1) run_model = model, run_unit = unit;
+        });
+        for (int64_t k = 0; k < take;) {
+            const int64_t fast =
+                run_model < 0 ? 0 : pack_run(p, run_model, run_unit, k, take, pending + k, shift, scale);
+            if (fast > 0) {
+                k += fast;
+                continue;
+            }
+            const int64_t n = min64(run_model < 0 ? kPackRows : kFastRows, take - k);
             T* to = s_.raw[p] != 0 ? block : panel(p) + (pending + k) * kPanel;
             fill_panel(p, k, n, to);
-            if (s_.raw[p] == 0) shift_and_scale(to, n, shift, scale);
-            measure(to, n, s_.sums + p * kPanel, s_.squares + p * kPanel);
+            settle_samples(to, n, shift, scale, s_.sums + p * kPanel, s_.squares + p * kPanel);
             if (s_.raw[p] != 0) store_pairs(to, n, pending + k, raw_panel(p));
+            k += n;
         }
+    }
+
+    // The fast way for up to kFastRows samples; returns how many it took, 0 if it cannot take any.
+    int64_t pack_run(int64_t p, int64_t model, int64_t unit, int64_t k, int64_t take, int64_t at, const T* shift,
+                     const T* scale) const {
+        const CovarianceSource& source = sources_[model];
+        switch (sizeof(T) == sizeof(float) ? source.dtype : Dtype::f64) {
+            case Dtype::f32: return pack_typed<float>(source, unit, p, model, k, take, at, shift, scale);
+            case Dtype::f16: return pack_typed<f16>(source, unit, p, model, k, take, at, shift, scale);
+            case Dtype::bf16: return pack_typed<bf16>(source, unit, p, model, k, take, at, shift, scale);
+            default: return 0;
+        }
+    }
+
+    template <typename S>
+    int64_t pack_typed(const CovarianceSource& source, int64_t unit, int64_t p, int64_t model, int64_t k, int64_t take,
+                       int64_t at, const T* shift, const T* scale) const {
+        const S* data = static_cast<const S*>(source.data) + unit;
+        const int64_t* off = offsets_.get() + model * kGramDepth + k;
+        int64_t n = min64(kFastRows, take - k);
+        double *sums = s_.sums + p * kPanel, *squares = s_.squares + p * kPanel;
+        prefetch_rows(data, off + n, min64(kFastRows, take - k - n));
+        if (s_.raw[p] == 0) {
+            float* to = reinterpret_cast<float*>(panel(p) + at * kPanel);
+            const float *from = reinterpret_cast<const float*>(shift), *by = reinterpret_cast<const float*>(scale);
+            return pack_values(data, off, n, from, by, to, sums, squares) ? n : 0;
+        }
+#if defined(__AVX512BF16__)
+        n -= n % 2;
+        if constexpr (sizeof(S) == sizeof(bf16)) {
+            const bf16* pairs = reinterpret_cast<const bf16*>(data);
+            if (n > 0 && at % 2 == 0 && pack_pairs(pairs, off, n, raw_panel(p) + at / 2 * kPanel, sums, squares))
+                return n;
+        }
+#endif
+        return 0;
     }
 
     // Samples first, first + 1, .. of a panel of pairs: even ones take the low half and clear the high one.

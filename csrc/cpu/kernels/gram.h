@@ -15,8 +15,12 @@
 
 #include "cpu/common.h"
 #include "cpu/kernels.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // raised by GCC 12's own AVX-512 header (its bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 namespace mudsc {
@@ -25,8 +29,7 @@ namespace {
 
 constexpr int kPanel = kGramPanel;
 
-// Samples multiplied between two additions to C: a panel of 256 floats is 48 KiB, so a task's panels stay in a 1 MiB L2
-// and rounding errors grow with the root of 256, not of the stream.
+// Samples added up in one chain of float32 additions.
 constexpr int64_t kStep = 256;
 
 // Register tile: kRows broadcasts times kVectors vectors of kLanes units.
@@ -54,46 +57,92 @@ struct VectorOf {
 template <typename C, typename T>
 inline __attribute__((always_inline)) void add_to(C* c, typename VectorOf<T>::type x) {
     using V = typename VectorOf<T>::type;
-    constexpr int kLanes = Tile<T>::kLanes;
     if constexpr (sizeof(C) == sizeof(T)) {
         *reinterpret_cast<V*>(c) += x;
     } else {
-        typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T)), aligned(sizeof(T)), may_alias));
-        typedef C Wide __attribute__((vector_size(kLanes / 2 * sizeof(C)), aligned(sizeof(C)), may_alias));
-        Half halves[2];
-        __builtin_memcpy(halves, &x, sizeof x);
-        *reinterpret_cast<Wide*>(c) += __builtin_convertvector(halves[0], Wide);
-        *reinterpret_cast<Wide*>(c + kLanes / 2) += __builtin_convertvector(halves[1], Wide);
+#if defined(__AVX512F__)
+        const __m512 y = (__m512)x;
+        double* low = reinterpret_cast<double*>(c);
+        _mm512_storeu_pd(low, _mm512_add_pd(_mm512_loadu_pd(low), _mm512_cvtps_pd(_mm512_castps512_ps256(y))));
+        _mm512_storeu_pd(low + 8,
+                         _mm512_add_pd(_mm512_loadu_pd(low + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1))));
+#elif defined(__AVX2__)
+        const __m256 y = (__m256)x;
+        double* low = reinterpret_cast<double*>(c);
+        _mm256_storeu_pd(low, _mm256_add_pd(_mm256_loadu_pd(low), _mm256_cvtps_pd(_mm256_castps256_ps128(y))));
+        _mm256_storeu_pd(low + 4,
+                         _mm256_add_pd(_mm256_loadu_pd(low + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(y, 1))));
+#else
+        for (int i = 0; i < Tile<T>::kLanes; ++i) c[i] += static_cast<C>(x[i]);
+#endif
     }
 }
 
-// c[kRows][NV * kLanes] += a^T b over k samples.
+// Steps before the end at which a tile's lines of C are asked into the L1; before that they would be streamed out
+// again.
+constexpr int64_t kAhead = 48;
+
+// Asks for the lines of a tile of C before they are added to.
+template <typename C, typename T, int NV, int Locality = 3>
+inline __attribute__((always_inline)) void prefetch_tile(const C* c, int64_t ldc) {
+    constexpr int kLine = static_cast<int>(kCacheLine / sizeof(C));
+#pragma GCC unroll 8
+    for (int i = 0; i < Tile<T>::kRows; ++i) {
+#pragma GCC unroll 6
+        for (int j = 0; j < NV * Tile<T>::kLanes; j += kLine) __builtin_prefetch(c + i * ldc + j, 1, Locality);
+    }
+}
+
+// c[kRows][NV * kLanes] += a^T b over k samples. Registers hold the sums of kStep samples; those of further ones are
+// first added up among themselves, so that C is touched once and rounding errors grow with the root of kStep.
 template <typename C, typename T, int NV>
 inline __attribute__((always_inline)) void tile_product(int64_t k, const T* a, const T* b, C* c, int64_t ldc) {
     using V = typename VectorOf<T>::type;
     constexpr int kRows = Tile<T>::kRows, kLanes = Tile<T>::kLanes;
     V acc[kRows][NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) {
-            acc[i][j] = V{};
-            __builtin_prefetch(c + i * ldc + j * kLanes, 1, 3);
-        }
-    }
-#pragma GCC unroll 1
-    for (int64_t p = 0; p < k; ++p) {
-        V right[NV];
-#pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) right[j] = *reinterpret_cast<const V*>(b + j * kLanes);
+    T kept[kRows * NV * kLanes];
+    bool more = false;
+    prefetch_tile<C, T, NV, 2>(c, ldc);
+    for (;; more = true) {
+        const int64_t step = k < kStep ? k : kStep;
+        k -= step;
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-            const V left = a[i] - V{};  // a broadcast: x - 0 is x for every x, x + 0 is not (-0)
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) acc[i][j] += left * right[j];
+            for (int j = 0; j < NV; ++j) acc[i][j] = V{};
         }
-        a += kPanel;
-        b += kPanel;
+        int64_t left_over = k == 0 && step > kAhead ? kAhead : 0;
+        for (int64_t run = step - left_over;; run = left_over, left_over = 0) {
+#pragma GCC unroll 1
+            for (int64_t p = 0; p < run; ++p) {
+                V right[NV];
+#pragma GCC unroll 3
+                for (int j = 0; j < NV; ++j) right[j] = *reinterpret_cast<const V*>(b + j * kLanes);
+#pragma GCC unroll 8
+                for (int i = 0; i < kRows; ++i) {
+                    const V left = a[i] - V{};  // a broadcast: x - 0 is x for every x, x + 0 is not (-0)
+#pragma GCC unroll 3
+                    for (int j = 0; j < NV; ++j) acc[i][j] += left * right[j];
+                }
+                a += kPanel;
+                b += kPanel;
+            }
+            if (left_over == 0) break;
+            prefetch_tile<C, T, NV>(c, ldc);
+        }
+        if (more) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+                for (int j = 0; j < NV; ++j) acc[i][j] += *reinterpret_cast<const V*>(kept + (i * NV + j) * kLanes);
+            }
+        }
+        if (k == 0) break;
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) *reinterpret_cast<V*>(kept + (i * NV + j) * kLanes) = acc[i][j];
+        }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -111,27 +160,50 @@ inline __attribute__((always_inline)) void tile_product_bf16(int64_t k, const ui
                                                              int64_t ldc) {
     using V = typename VectorOf<float>::type;
     __m512 acc[8][NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-#pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) {
-            acc[i][j] = _mm512_setzero_ps();
-            __builtin_prefetch(c + i * ldc + j * 16, 1, 3);
-        }
-    }
-#pragma GCC unroll 1
-    for (int64_t p = 0; p < k; ++p) {
-        __m512bh right[NV];
-#pragma GCC unroll 3
-        for (int j = 0; j < NV; ++j) right[j] = (__m512bh)_mm512_loadu_si512(b + j * 16);
+    float kept[8 * NV * 16];
+    bool more = false;
+    prefetch_tile<C, float, NV, 2>(c, ldc);
+    for (;; more = true) {
+        const int64_t step = k < kStep / 2 ? k : kStep / 2;
+        k -= step;
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
 #pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], left, right[j]);
+            for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_setzero_ps();
         }
-        a += kPanel;
-        b += kPanel;
+        int64_t left_over = k == 0 && step > kAhead ? kAhead : 0;
+        for (int64_t run = step - left_over;; run = left_over, left_over = 0) {
+#pragma GCC unroll 1
+            for (int64_t p = 0; p < run; ++p) {
+                __m512bh right[NV];
+#pragma GCC unroll 3
+                for (int j = 0; j < NV; ++j) right[j] = (__m512bh)_mm512_loadu_si512(b + j * 16);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) {
+                    const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
+#pragma GCC unroll 3
+                    for (int j = 0; j < NV; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], left, right[j]);
+                }
+                a += kPanel;
+                b += kPanel;
+            }
+            if (left_over == 0) break;
+            prefetch_tile<C, float, NV>(c, ldc);
+        }
+        if (more) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 3
+                for (int j = 0; j < NV; ++j)
+                    acc[i][j] = _mm512_add_ps(acc[i][j], _mm512_loadu_ps(kept + (i * NV + j) * 16));
+            }
+        }
+        if (k == 0) break;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) _mm512_storeu_ps(kept + (i * NV + j) * 16, acc[i][j]);
+        }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
@@ -234,7 +306,7 @@ struct GramOperand {
 };
 
 template <typename T, typename C>
-void gram_block(const GramOperand<T>& p, const GramOperand<T>& q, int64_t k0, int64_t k1, int64_t i, int64_t j,
+void gram_block(const GramOperand<T>& p, const GramOperand<T>& q, int64_t depth, int64_t i, int64_t j,
                 const GramTarget<C>& c) {
     const int64_t row = i * kPanel, column = j * kPanel;
     const int rows = static_cast<int>(min64(kPanel, c.rows - row)),
@@ -245,18 +317,16 @@ void gram_block(const GramOperand<T>& p, const GramOperand<T>& q, int64_t k0, in
                    : c.data + row * c.ld + column;
     if constexpr (kHasBf16 && sizeof(T) == sizeof(float)) {
         if (p.raw != nullptr && q.raw != nullptr && p.raw[i] != nullptr && q.raw[j] != nullptr) {
-            const int64_t skip = k0 / 2 * kPanel;
-            block_product<C, uint32_t>((k1 - k0 + 1) / 2, p.raw[i] + skip, q.raw[j] + skip, at, ldc, rows, columns,
-                                       diagonal, padded);
+            block_product<C, uint32_t>((depth + 1) / 2, p.raw[i], q.raw[j], at, ldc, rows, columns, diagonal, padded);
             return;
         }
     }
-    const int64_t skip = k0 * kPanel;
-    block_product<C, T>(k1 - k0, p.values[i] + skip, q.values[j] + skip, at, ldc, rows, columns, diagonal, padded);
+    block_product<C, T>(depth, p.values[i], q.values[j], at, ldc, rows, columns, diagonal, padded);
 }
 
-// C += P^T Q over samples [0, depth). A task is 4 x 8 blocks: 192 + 384 units of 256 floats fill about half an L2.
-// Returns false when `poll` asked to stop.
+// C += P^T Q over samples [0, depth). A task is 4 x 8 blocks. Its four row panels of 512 floats a unit (400 KiB) and
+// the column panel at work (100 KiB) stay in a 1 MiB L2; a column panel is read once for all four. Returns false when
+// `poll` asked to stop.
 template <typename T, typename C>
 bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const GramOperand<T>& q, const GramTarget<C>& c,
                   const Poll* poll = nullptr) {
@@ -264,7 +334,6 @@ bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const Gra
     const int64_t row_blocks = ceil_div(c.rows, kPanel), column_blocks = ceil_div(c.columns, kPanel);
     const int64_t down = ceil_div(row_blocks, kTaskRows), across = ceil_div(column_blocks, kTaskColumns);
     if (row_blocks == 0 || column_blocks == 0 || depth == 0) return true;
-    constexpr int64_t kSamples = kStep * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(T));
     // Below about 50 microseconds of work a second thread costs more than it brings.
     if (c.rows * c.columns * depth < (int64_t{1} << 22)) threads = 1;
     bool stopped = false;
@@ -274,11 +343,9 @@ bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const Gra
         if (c.symmetric && j1 <= i0) return;
         if (worker == 0 && poll != nullptr && (*poll)()) __atomic_store_n(&stopped, true, __ATOMIC_RELAXED);
         if (__atomic_load_n(&stopped, __ATOMIC_RELAXED)) return;
-        for (int64_t k0 = 0; k0 < depth; k0 += kSamples) {
-            const int64_t k1 = min64(k0 + kSamples, depth);
-            for (int64_t i = i0; i < i1; ++i) {
-                for (int64_t j = c.symmetric ? max64(i, j0) : j0; j < j1; ++j) gram_block(p, q, k0, k1, i, j, c);
-            }
+        for (int64_t j = j0; j < j1; ++j) {
+            const int64_t last = c.symmetric ? min64(i1, j + 1) : i1;
+            for (int64_t i = i0; i < last; ++i) gram_block(p, q, depth, i, j, c);
         }
     });
     return !stopped;

@@ -151,12 +151,6 @@ bool fill(Dtype dtype, const void* data, const int64_t* unit_off, const Columns&
     }
 }
 
-// Non-finite entries count as 0 (docs/method.md rule 1): x - x is 0 for finite x only.
-template <typename W>
-void drop_non_finite(W* block, int64_t n) {
-    for (int64_t i = 0; i < n * kPanel; ++i) block[i] = block[i] - block[i] == W(0) ? block[i] : W(0);
-}
-
 // block = (block - shift) * scale, by unit.
 template <typename W>
 void shift_and_scale(W* block, int64_t n, const W* shift, const W* scale) {
@@ -186,6 +180,145 @@ void measure(const W* block, int64_t n, double* sums, double* squares) {
         }
     }
 }
+
+// Samples in one pass: non-finite entries count as 0 (docs/method.md rule 1); block = (block - shift) * scale; then
+// sums and squares as in measure, of 16 samples at a time in W.
+template <typename W>
+void settle_samples(W* block, int64_t n, const W* shift, const W* scale, double* sums, double* squares) {
+    using V = typename VectorOf<W>::type;
+    constexpr int kLanes = Tile<W>::kLanes;
+    constexpr int64_t kChain = 16;
+    for (int u = 0; u < kPanel; u += kLanes) {
+        const V from = *reinterpret_cast<const V*>(shift + u), by = *reinterpret_cast<const V*>(scale + u), zero = V{};
+        for (int64_t k = 0; k < n; k += kChain) {
+            V sum = V{}, square = V{};
+            const int64_t last = min64(k + kChain, n);
+            for (int64_t i = k; i < last; ++i) {
+                V* at = reinterpret_cast<V*>(block + i * kPanel + u);
+                V x = *at;
+                x = x - x == zero ? x : zero;  // x - x is 0 for finite x only
+                x = (x - from) * by;
+                *at = x;
+                sum += x;
+                square += x * x;
+            }
+            add_to<double, W>(sums + u, sum);
+            add_to<double, W>(squares + u, square);
+        }
+    }
+}
+
+// ---- Whole panels of units side by side: read, shifted, measured and stored in one go ----
+
+constexpr int64_t kFastRows = 16;
+
+template <typename T>
+inline VectorOf<float>::type load_vector(const T* from) {
+    typename VectorOf<float>::type x;
+    for (int i = 0; i < Tile<float>::kLanes; ++i) x[i] = to_f32(from[i]);
+    return x;
+}
+template <>
+inline VectorOf<float>::type load_vector<float>(const float* from) {
+    return *reinterpret_cast<const typename VectorOf<float>::type*>(from);
+}
+#if defined(__AVX512F__)
+template <>
+inline VectorOf<float>::type load_vector<bf16>(const bf16* from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return (VectorOf<float>::type)_mm512_slli_epi32(wide, 16);
+}
+template <>
+inline VectorOf<float>::type load_vector<f16>(const f16* from) {
+    return (VectorOf<float>::type)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#elif defined(__AVX2__)
+template <>
+inline VectorOf<float>::type load_vector<bf16>(const bf16* from) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (VectorOf<float>::type)_mm256_slli_epi32(wide, 16);
+}
+template <>
+inline VectorOf<float>::type load_vector<f16>(const f16* from) {
+    return (VectorOf<float>::type)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+
+inline bool all_finite(VectorOf<float>::type x) {
+    bool finite = true;
+    for (int i = 0; i < Tile<float>::kLanes; ++i) finite &= x[i] - x[i] == 0;
+    return finite;
+}
+
+// Rows lie far apart and give a few lines each, too few for the hardware to see the next ones coming.
+template <typename T>
+inline void prefetch_rows(const T* data, const int64_t* off, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) {
+        const char* row = reinterpret_cast<const char*>(data + off[k]);
+        for (int64_t at = 0; at < kPanel * static_cast<int64_t>(sizeof(T)); at += kCacheLine)
+            __builtin_prefetch(row + at);
+        __builtin_prefetch(row + kPanel * sizeof(T) - 1);
+    }
+}
+
+// to[k][48] = (data[off[k]][48] - shift) * scale for n <= kFastRows samples, and their sums and squares. Returns false,
+// with sums and squares as they were, if a value or a sum is not finite: then the careful way has to be taken.
+template <typename T>
+bool pack_values(const T* data, const int64_t* off, int64_t n, const float* shift, const float* scale, float* to,
+                 double* sums, double* squares) {
+    using V = VectorOf<float>::type;
+    constexpr int kLanes = Tile<float>::kLanes;
+    V sum[kPanel / kLanes], square[kPanel / kLanes], total = V{};
+    for (int u = 0; u < kPanel; u += kLanes) {
+        const V from = load_vector(shift + u), by = load_vector(scale + u);
+        V s = V{}, q = V{};
+        for (int64_t k = 0; k < n; ++k) {
+            const V x = (load_vector(data + off[k] + u) - from) * by;
+            *reinterpret_cast<V*>(to + k * kPanel + u) = x;
+            s += x;
+            q += x * x;
+        }
+        sum[u / kLanes] = s;
+        square[u / kLanes] = q;
+        total += q;
+    }
+    if (!all_finite(total)) return false;
+    for (int u = 0; u < kPanel; u += kLanes) {
+        add_to<double, float>(sums + u, sum[u / kLanes]);
+        add_to<double, float>(squares + u, square[u / kLanes]);
+    }
+    return true;
+}
+
+#if defined(__AVX512BF16__)
+// to[k / 2][48] = samples k and k + 1 as a pair, for an even number of samples n <= kFastRows. Sums and squares come
+// from dot products of the pairs.
+inline bool pack_pairs(const bf16* data, const int64_t* off, int64_t n, uint32_t* to, double* sums, double* squares) {
+    using V = VectorOf<float>::type;
+    const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    __m512 sum[3], square[3], total = _mm512_setzero_ps();
+    for (int u = 0; u < 3; ++u) {
+        sum[u] = square[u] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < n; k += 2) {
+            const __m512i low =
+                _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + off[k] + u * 16)));
+            const __m512i high =
+                _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + off[k + 1] + u * 16)));
+            const __m512i pair = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+            _mm512_storeu_si512(to + k / 2 * kPanel + u * 16, pair);
+            sum[u] = _mm512_dpbf16_ps(sum[u], (__m512bh)pair, ones);
+            square[u] = _mm512_dpbf16_ps(square[u], (__m512bh)pair, (__m512bh)pair);
+        }
+        total = _mm512_add_ps(total, square[u]);
+    }
+    if (!all_finite((V)total)) return false;
+    for (int u = 0; u < 3; ++u) {
+        add_to<double, float>(sums + u * 16, (V)sum[u]);
+        add_to<double, float>(squares + u * 16, (V)square[u]);
+    }
+    return true;
+}
+#endif
 
 }  // namespace
 }  // namespace MUDSC_ISA

@@ -76,6 +76,17 @@ struct Moments {
     }
 };
 
+template <typename W>
+inline void correlate(const double* __restrict gram, const double* __restrict means, const double* __restrict inverses,
+                      double inverse_count, double mean, double inverse, int64_t n, W* __restrict out) {
+    for (int64_t j = 0; j < n; ++j) {
+        double c = (gram[j] * inverse_count - mean * means[j]) * (inverse * inverses[j]);
+        c = c > 1.0 ? 1.0 : c;
+        c = c < -1.0 ? -1.0 : c;
+        out[j] = static_cast<W>(c);
+    }
+}
+
 // Correlations of one row unit with a run of column units, by position; both in rows and columns of the product.
 template <typename W>
 void correlation_run(const CovarianceState& s, const Layout& layout, const Moments& moments, int64_t row,
@@ -90,12 +101,8 @@ void correlation_run(const CovarianceState& s, const Layout& layout, const Momen
         const double* from = s.gram +
                              block_index(row / kPanel, block, layout.column_panels, !layout.cross) * kPanel * kPanel +
                              row % kPanel * kPanel + lane;
-        const double* means = moments.mean.get() + column + done;
-        const double* inverses = moments.inverse.get() + column + done;
-        for (int64_t j = 0; j < run; ++j) {
-            const double c = (from[j] * inverse_count - mean * means[j]) * (inverse * inverses[j]);
-            out[done + j] = static_cast<W>(c > 1.0 ? 1.0 : c < -1.0 ? -1.0 : c);
-        }
+        correlate(from, moments.mean.get() + column + done, moments.inverse.get() + column + done, inverse_count, mean, inverse,
+                  run, out + done);
         done += run;
     }
 }

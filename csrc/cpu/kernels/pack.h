@@ -8,7 +8,7 @@
 #include "cpu/common.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/gram.h"
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -39,6 +39,14 @@ inline double load_as<double, double>(double x) {
 // to[i] = from[i], or += where Add.
 template <bool Add, typename W, typename T>
 inline void convert_run(W* __restrict to, const T* __restrict from, int64_t n) {
+    if constexpr (!Add && sizeof(T) == sizeof(W)) {
+        using V = typename VectorOf<W>::type;
+        constexpr int kLanes = Tile<W>::kLanes;
+        if (n == kPanel) {  // the usual length, without a call to memcpy
+            for (int i = 0; i < kPanel; i += kLanes) *reinterpret_cast<V*>(to + i) = *reinterpret_cast<const V*>(from + i);
+            return;
+        }
+    }
     for (int64_t i = 0; i < n; ++i) {
         if constexpr (Add) {
             to[i] += load_as<W>(from[i]);
@@ -84,19 +92,21 @@ void fill_unit_runs(const T* data, const Columns& columns, int64_t units, int64_
     }
 }
 
-// One unit's columns, side by side: whole runs where the columns lie so, element after element otherwise.
+// Columns [c0, c0 + n) lie side by side in memory.
+inline bool columns_run(const Columns& columns, int64_t c0, int64_t n) {
+    if (columns.ptr != nullptr) return false;
+    const int64_t* off = columns.off + c0;
+    if (off[n - 1] - off[0] != n - 1) return false;
+    bool run = true;
+    for (int64_t k = 1; k < n; ++k) run &= off[k] == off[k - 1] + 1;
+    return run;
+}
+
+// One unit's columns, element after element.
 template <typename W, typename T>
 void gather_unit(const T* data, const Columns& columns, int64_t c0, int64_t n, W* to) {
     if (columns.ptr == nullptr) {
         const int64_t* off = columns.off + c0;
-        if (off[n - 1] - off[0] == n - 1 && off[n / 2] - off[0] == n / 2) {
-            bool run = true;
-            for (int64_t k = 1; k < n; ++k) run &= off[k] == off[k - 1] + 1;
-            if (run) {
-                convert_run<false>(to, data + off[0], n);
-                n = 0;
-            }
-        }
         for (int64_t k = 0; k < n; ++k) to[k] = load_as<W>(data[off[k]]);
         return;
     }
@@ -107,19 +117,59 @@ void gather_unit(const T* data, const Columns& columns, int64_t c0, int64_t n, W
     }
 }
 
-template <typename W, typename T>
-void fill_gathered(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
-                   W* to) {
-    constexpr int kBatch = 16;
-    W part[kBatch][kPackRows];
-    for (int64_t u0 = 0; u0 < units; u0 += kBatch) {
-        const int64_t batch = min64(kBatch, units - u0);
-        for (int64_t u = 0; u < batch; ++u) gather_unit(data + unit_off[u0 + u], columns, c0, n, part[u]);
-        for (int64_t k = 0; k < n; ++k) {
-            const W scale = columns.scale != nullptr ? static_cast<W>(columns.scale[c0 + k]) : W(1);
-            W* row = to + k * kPanel + u0;
-            for (int64_t u = 0; u < batch; ++u) row[u] = part[u][k] * scale;
+// to[k * 48 + u] = rows[u][k] for 4 units and n columns.
+template <typename W>
+inline void transpose_4(const W* const* rows, int64_t n, W* to) {
+    int64_t k = 0;
+#if defined(__SSE2__)
+    if constexpr (sizeof(W) == sizeof(float)) {
+        for (; k + 4 <= n; k += 4) {
+            __m128 a = _mm_loadu_ps(reinterpret_cast<const float*>(rows[0] + k)), b = _mm_loadu_ps(reinterpret_cast<const float*>(rows[1] + k));
+            __m128 c = _mm_loadu_ps(reinterpret_cast<const float*>(rows[2] + k)), d = _mm_loadu_ps(reinterpret_cast<const float*>(rows[3] + k));
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            float* at = reinterpret_cast<float*>(to + k * kPanel);
+            _mm_storeu_ps(at, a);
+            _mm_storeu_ps(at + kPanel, b);
+            _mm_storeu_ps(at + 2 * kPanel, c);
+            _mm_storeu_ps(at + 3 * kPanel, d);
         }
+    }
+#endif
+    for (; k < n; ++k) {
+        for (int u = 0; u < 4; ++u) to[k * kPanel + u] = rows[u][k];
+    }
+}
+
+// Units that lie apart: their columns are read unit by unit and transposed, four units at a time.
+template <typename W, typename T>
+void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n, W* to) {
+    const bool run = columns_run(columns, c0, n);
+    W part[4][kPackRows];
+    for (int64_t u0 = 0; u0 < units; u0 += 4) {
+        const int64_t batch = min64(4, units - u0);
+        const W* rows[4] = {part[0], part[1], part[2], part[3]};
+        for (int64_t u = 0; u < batch; ++u) {
+            const T* unit = data + unit_off[u0 + u];
+            if (run && sizeof(T) == sizeof(W)) {
+                rows[u] = reinterpret_cast<const W*>(unit + columns.off[c0]);
+            } else if (run) {
+                convert_run<false>(part[u], unit + columns.off[c0], n);
+            } else {
+                gather_unit(unit, columns, c0, n, part[u]);
+            }
+        }
+        if (batch == 4) {
+            transpose_4(rows, n, to + u0);
+        } else {
+            for (int64_t k = 0; k < n; ++k) {
+                for (int64_t u = 0; u < batch; ++u) to[k * kPanel + u0 + u] = rows[u][k];
+            }
+        }
+    }
+    if (columns.scale == nullptr) return;
+    for (int64_t k = 0; k < n; ++k) {
+        const W scale = static_cast<W>(columns.scale[c0 + k]);
+        for (int64_t u = 0; u < units; ++u) to[k * kPanel + u] *= scale;
     }
 }
 
@@ -132,7 +182,7 @@ void fill_typed(const void* data, const int64_t* unit_off, const Columns& column
     if (run) {
         fill_unit_runs<W>(typed + unit_off[0], columns, units, c0, n, to);
     } else {
-        fill_gathered<W>(typed, unit_off, columns, units, c0, n, to);
+        fill_apart<W>(typed, unit_off, columns, units, c0, n, to);
     }
 }
 

@@ -11,7 +11,7 @@ template <typename W>
 class Similarity {
   public:
     explicit Similarity(const SimilarityArgs& args)
-        : a_(args), layout_(args.n, args.models, args.cross), out_(static_cast<W*>(args.out)) {
+        : a_(args), layout_(args.n, args.models, false), out_(static_cast<W*>(args.out)) {
         // Every model has panels of its own in a cross product, so that each pair of models is one product.
         panels_each_ = ceil_div(a_.n, kPanel);
         panels_ = a_.cross ? panels_each_ * a_.models : layout_.panels;
@@ -160,64 +160,74 @@ class Similarity {
         return true;
     }
 
-    // The epilogue: one pass over the result, by blocks of 48 x 48, mirrored below the diagonal where it is symmetric.
-    Status blend(bool weights) const {
-        const CovarianceState* s = a_.balance < 1 || !weights ? a_.activation : nullptr;
-        Moments moments;
-        if (s != nullptr) {
+    // The epilogue: one pass over the result, mirrored below the diagonal where it is symmetric.
+    Status blend(bool weights) {
+        source_ = a_.balance < 1 || !weights ? a_.activation : nullptr;
+        if (source_ != nullptr) {
             bool finite = true;
-            if (!moments.compute(*s, Layout(*s).panels * kPanel, &finite)) return Status::no_memory;
+            if (!moments_.compute(*source_, Layout(*source_).panels * kPanel, &finite)) return Status::no_memory;
             if (!finite) {
                 *a_.bad_term = -1;
                 return Status::not_finite;
             }
         }
-        const double share = weights ? (s != nullptr ? a_.balance : 1.0) : 0.0;
-        const int64_t rows = a_.cross ? a_.n : a_.n * a_.models, columns = a_.cross ? a_.n * (a_.models - 1) : rows;
+        share_ = weights ? (source_ != nullptr ? a_.balance : 1.0) : 0.0;
+        const int64_t rows = a_.cross ? a_.n : a_.n * a_.models;
         parallel_each(a_.threads, ceil_div(rows, kPanel), [&](int64_t i, int) {
             const int64_t i0 = i * kPanel, i1 = min64(i0 + kPanel, rows);
-            for (int64_t j0 = a_.cross ? 0 : i0; j0 < columns;) {
-                int64_t j1 = min64(j0 + kPanel, columns);
-                if (a_.cross) j1 = min64(j1, (j0 / a_.n + 1) * a_.n);  // never across two matrices
-                blend_block(s, moments, share, i0, i1, j0, j1);
-                j0 = j1;
+            if (a_.cross) {
+                blend_cross(i0, i1);
+            } else {
+                for (int64_t j0 = i0; j0 < rows; j0 += kPanel) blend_full(i0, i1, j0, min64(j0 + kPanel, rows));
             }
         });
         return Status::ok;
     }
 
-    void blend_block(const CovarianceState* s, const Moments& moments, double share, int64_t i0, int64_t i1, int64_t j0,
-                     int64_t j1) const {
-        const int64_t ld = a_.cross ? a_.n : a_.n * a_.models, n = j1 - j0;
-        W* base = a_.cross ? out_ + j0 / a_.n * a_.n * a_.n + j0 % a_.n : out_ + j0;
-        const W mine = static_cast<W>(share), theirs = static_cast<W>(1 - share);
-        for (int64_t i = i0; i < i1; ++i) {
-            W* row = base + i * ld;
-            W seen[kPanel];
-            const int64_t skip = a_.cross ? 0 : max64(0, i - j0);
-            if (share > 0) {
-                for (int64_t j = skip; j < n; ++j) row[j] = row[j] > W(1) ? W(1) : row[j] < W(-1) ? W(-1) : row[j];
-            }
-            if (s != nullptr && skip < n) {
-                activation_run(*s, moments, i, j0 + skip, n - skip, seen);
-                for (int64_t j = skip; j < n; ++j)
-                    row[j] = share > 0 ? mine * row[j] + theirs * seen[j - skip] : seen[j - skip];
+    void blend_cross(int64_t i0, int64_t i1) const {
+        constexpr int64_t kRun = 10 * kPanel;
+        const Layout layout = source_ != nullptr ? Layout(*source_) : layout_;
+        for (int64_t m = 1; m < a_.models; ++m) {
+            for (int64_t j = 0; j < a_.n; j += kRun) {
+                const int64_t n = min64(kRun, a_.n - j);
+                for (int64_t i = i0; i < i1; ++i) {
+                    W* row = out_ + ((m - 1) * a_.n + i) * a_.n + j;
+                    blend_run<kRun>(layout, i, layout.position(m) + j, n, row);
+                }
             }
         }
-        if (a_.cross) return;
+    }
+
+    void blend_full(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+        const int64_t ld = a_.n * a_.models;
+        for (int64_t i = i0; i < i1; ++i) {
+            const int64_t j = max64(i, j0);
+            if (j < j1) blend_run<kPanel>(layout_, i, j, j1 - j, out_ + i * ld + j);
+        }
         for (int64_t i = i0; i < i1; ++i) {
             for (int64_t j = max64(i + 1, j0); j < j1; ++j) out_[j * ld + i] = out_[i * ld + j];
             if (i >= j0 && i < j1) out_[i * ld + i] = W(1);
         }
     }
 
-    // Row unit i (counted from the first model's) with columns [j, j + n) of the result.
-    void activation_run(const CovarianceState& s, const Moments& moments, int64_t i, int64_t j, int64_t n,
-                        W* to) const {
-        const Layout layout(s);
-        int64_t column = j;  // position of the column unit
-        if (a_.cross) column = layout.position(1) + j;
-        correlation_run(s, layout, moments, i, column, n, to);
+    // row[0 .. n): unit i of the first models with the units from position `column` on.
+    template <int64_t kMost>
+    void blend_run(const Layout& layout, int64_t i, int64_t column, int64_t n, W* __restrict row) const {
+        if (share_ > 0) {
+            for (int64_t j = 0; j < n; ++j) {
+                const W x = row[j] > W(1) ? W(1) : row[j];
+                row[j] = x < W(-1) ? W(-1) : x;
+            }
+        }
+        if (source_ == nullptr) return;
+        if (share_ == 0) {
+            correlation_run(*source_, layout, moments_, i, column, n, row);
+            return;
+        }
+        W seen[kMost];
+        correlation_run(*source_, layout, moments_, i, column, n, seen);
+        const W mine = static_cast<W>(share_), theirs = static_cast<W>(1 - share_);
+        for (int64_t j = 0; j < n; ++j) row[j] = mine * row[j] + theirs * seen[j];
     }
 
     const SimilarityArgs& a_;
@@ -225,6 +235,9 @@ class Similarity {
     W* const out_;
     int64_t panels_each_, panels_;
     Buffer<W> mean_, inverse_;
+    const CovarianceState* source_ = nullptr;  // of activations, where they have a share
+    Moments moments_;
+    double share_ = 0;  // of the weights
 };
 
 }  // namespace

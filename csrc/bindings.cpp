@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/term_table.h"
 #include "tensor_view.h"
 #ifdef MUDSC_FAST_CUDA_ARCHS
 #include "cuda/launch.h"
@@ -429,68 +430,74 @@ class CovarianceBuffers {
 
 // ---- similarity ----
 
-// One term of one model: (tensor, unit_off, off, ptr or None, scale or None); offsets are elements from the tensor's
-// first. The tables are made by Python from the tensor's strides; every offset is checked against its memory.
-using SimilarityTermTuple =
-    std::tuple<py::object, py::object, py::object, std::optional<py::object>, std::optional<py::object>>;
+// One term of one model: (tensor, unit dims, labelled axes), the latter each (dims, labels, merged size, scale or
+// None).
+using LabelledTuple = std::tuple<std::vector<int>, py::object, int64_t, std::optional<py::object>>;
+using TermTuple = std::tuple<py::object, std::vector<int>, std::vector<LabelledTuple>>;
 
-int64_t largest_offset(const int64_t* offsets, int64_t n, const char* name) {
-    int64_t largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        if (offsets[i] < 0) throw py::value_error(std::string(name) + ": expected offsets of at least 0");
-        largest = std::max(largest, offsets[i]);
+// The offsets of one term, and the tensor that they point into.
+class TermArg {
+  public:
+    explicit TermArg(const TermTuple& tuple) : tensor_(std::get<0>(tuple), "terms"), table_(make(*tensor_, tuple)) {
+        require(!tensor_->cuda, "terms: expected CPU tensors");
     }
-    return largest;
-}
+    mudsc::SimilarityTerm term() const {
+        mudsc::SimilarityTerm result{};
+        result.dtype = tensor_->dtype;
+        result.data = tensor_->data;
+        table_.fill(result);
+        return result;
+    }
+    int64_t units() const { return table_.units(); }
 
-mudsc::SimilarityTerm similarity_term(const SimilarityTermTuple& tuple, int64_t n, std::vector<TensorArg>& keep) {
-    keep.reserve(keep.size() + 5);
-    mudsc::SimilarityTerm term{};
-    const TensorArg& tensor = keep.emplace_back(std::get<0>(tuple), "terms");
-    require(!tensor->cuda, "terms: expected CPU tensors");
-    term.dtype = tensor->dtype;
-    term.data = tensor->data;
-    int64_t last = tensor->numel() == 0 ? -1 : 0;
-    for (int d = 0; d < tensor->ndim && last >= 0; ++d) last += (tensor->shape[d] - 1) * tensor->strides[d];
-    const TensorArg& units = keep.emplace_back(std::get<1>(tuple), "unit_off");
-    term.unit_off = vector_of<int64_t>(units, Dtype::i64, n, "unit_off");
-    const TensorArg& off = keep.emplace_back(std::get<2>(tuple), "off");
-    require(off->ndim == 1, "off: expected a vector");
-    term.columns = off->shape[0];
-    const int64_t members = off->shape[0];
-    term.off = vector_of<int64_t>(off, Dtype::i64, members, "off");
-    require(n == 0 || members == 0 ||
-                largest_offset(term.unit_off, n, "unit_off") + largest_offset(term.off, members, "off") <= last,
-            "terms: an offset lies outside the tensor");
-    if (std::get<3>(tuple)) {
-        const TensorArg& ptr = keep.emplace_back(*std::get<3>(tuple), "ptr");
-        require(ptr->ndim == 1 && ptr->shape[0] > 0, "ptr: expected a vector");
-        term.columns = ptr->shape[0] - 1;
-        term.ptr = vector_of<int64_t>(ptr, Dtype::i64, term.columns + 1, "ptr");
-        require(term.ptr[0] == 0 && term.ptr[term.columns] == members, "ptr: expected to span all members");
-        for (int64_t c = 0; c < term.columns; ++c) require(term.ptr[c] <= term.ptr[c + 1], "ptr: must not fall");
+  private:
+    static mudsc::TermTable make(const TensorView& tensor, const TermTuple& tuple) {
+        std::vector<char> used(static_cast<size_t>(tensor.ndim), 0);
+        const auto use = [&](int d) {
+            require(d >= 0 && d < tensor.ndim && used[static_cast<size_t>(d)] == 0,
+                    "terms: dims out of range or named twice");
+            used[static_cast<size_t>(d)] = 1;
+        };
+        for (int d : std::get<1>(tuple)) use(d);
+        std::vector<mudsc::LabelledAxes> labelled;
+        std::vector<TensorArg> keep;
+        keep.reserve(2 * std::get<2>(tuple).size());
+        for (const auto& [dims, labels_obj, size, scale_obj] : std::get<2>(tuple)) {
+            int64_t length = 1;
+            for (int d : dims) {
+                use(d);
+                length *= tensor.shape[d];
+            }
+            const TensorArg& labels = keep.emplace_back(labels_obj, "labels");
+            mudsc::LabelledAxes axes{dims, vector_of<int64_t>(labels, Dtype::i64, length, "labels"), size, nullptr};
+            for (int64_t i = 0; i < length; ++i)
+                require(axes.labels[i] >= 0 && axes.labels[i] < size, "labels: out of range");
+            if (scale_obj)
+                axes.scale = vector_of<double>(keep.emplace_back(*scale_obj, "scale"), Dtype::f64, size, "scale");
+            labelled.push_back(axes);
+        }
+        return mudsc::TermTable(tensor.shape, tensor.strides, tensor.ndim, std::get<1>(tuple), labelled);
     }
-    if (std::get<4>(tuple)) {
-        const TensorArg& scale = keep.emplace_back(*std::get<4>(tuple), "scale");
-        term.scale = vector_of<double>(scale, Dtype::f64, term.columns, "scale");
-    }
-    return term;
-}
+
+    TensorArg tensor_;
+    mudsc::TermTable table_;
+};
 
 // Fills out; returns the index of a term that is not finite (-1: the activation sums are not), or None.
-std::optional<int64_t> similarity(const std::vector<std::vector<SimilarityTermTuple>>& term_tuples, int64_t n,
-                                  int64_t models, bool cross, double balance, const CovarianceBuffers* activation,
+std::optional<int64_t> similarity(const std::vector<std::vector<TermTuple>>& term_tuples, int64_t n, int64_t models,
+                                  bool cross, double balance, const CovarianceBuffers* activation,
                                   const py::object& out_obj, int threads) {
     TensorArg out(out_obj, "out");
     require(n > 0 && models > 1 && models <= mudsc::kMaxModels, "similarity: n or models out of range");
-    std::vector<TensorArg> keep;
+    std::vector<TermArg> keep;
     std::vector<mudsc::SimilarityTerm> terms;
-    keep.reserve(term_tuples.size() * static_cast<size_t>(models) * 5);
+    keep.reserve(term_tuples.size() * static_cast<size_t>(models));
     for (const auto& entries : term_tuples) {
         require(static_cast<int64_t>(entries.size()) == models, "terms: expected one entry a model");
         const size_t first = terms.size();
         for (const auto& tuple : entries) {
-            terms.push_back(similarity_term(tuple, n, keep));
+            terms.push_back(keep.emplace_back(tuple).term());
+            require(keep.back().units() == n, "terms: another number of units");
             require(terms.back().columns == terms[first].columns, "terms: models differ in columns");
         }
     }

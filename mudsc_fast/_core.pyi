@@ -52,7 +52,7 @@ class CovarianceBuffers:
     def rebase(self, shift: Tensor, scale: Tensor, threads: int) -> None: ...
 
 def similarity(
-    terms: list[list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]],
+    terms: list[list[tuple[Tensor, tuple[int, ...], list[tuple[tuple[int, ...], Tensor, int, Tensor | None]]]]],
     n: int,
     models: int,
     cross: bool,

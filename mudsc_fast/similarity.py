@@ -13,8 +13,10 @@ from mudsc_fast import backends
 from mudsc_fast.covariance import Covariance
 
 Dims = int | tuple[int, ...]
-# (tensor, offsets of units, offsets of members, segments of members by column or None, factors of columns or None)
-Table = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+# Axes in merged coordinates: (dims, labels, merged width, factors of the merged units or None), on the CPU.
+Labelled = tuple[tuple[int, ...], Tensor, int, Tensor | None]
+# What the kernels take of a term: (tensor, dims of the units, labelled axes).
+Table = tuple[Tensor, tuple[int, ...], list[Labelled]]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -103,8 +105,8 @@ def dual_similarity(
     use_weights = bool(terms) and (activation is None or balance > 0.0)
     if not use_weights and activation is not None:
         return activation.correlation_blocks(scope)
-    tables, device = _tables(terms)
-    models, width = len(tables[0]), int(tables[0][0][1].numel())
+    tables, width, device = _tables(terms)
+    models = len(tables[0])
     if activation is not None and (activation.models, activation.width) != (models, width):
         raise ValueError(
             f"activation: expected {models} models of {width} units as the terms have, "
@@ -125,158 +127,139 @@ def _check_activation(activation: Covariance, scope: str) -> None:
         raise ValueError('activation: scope "full" needs a Covariance of scope "full", got "cross"')
 
 
-def _tables(terms: Sequence[Sequence[Entry]]) -> tuple[list[list[Table]], torch.device]:
-    """Describe every entry by offsets into its tensor, checked against the others."""
+def _tables(terms: Sequence[Sequence[Entry]]) -> tuple[list[list[Table]], int, torch.device]:
+    """Check the entries against each other; returns them with the number of units and the device."""
     tables: list[list[Table]] = []
-    device = None
+    models, width, device = 0, 0, None
     for t, entries in enumerate(terms):
         if isinstance(entries, (Tensor, Term)):
             raise TypeError(f"terms[{t}]: expected one entry a model, got a single {type(entries).__name__}")
-        checked = [_checked(entry, f"terms[{t}][{m}]") for m, entry in enumerate(entries)]
-        if len(checked) != len(terms[0]) or len(checked) < 2:
-            raise ValueError(
-                f"terms[{t}]: expected one entry for each of {max(len(terms[0]), 2)} models, got {len(checked)}"
-            )
-        row = [_table(term, sizes) for term, sizes in zip(checked, _merged_sizes(checked, t), strict=True)]
-        for m, (term, table) in enumerate(zip(checked, row, strict=True)):
-            first = tables[0][0] if tables else row[0]
-            if table[1].numel() != first[1].numel():
-                raise ValueError(f"terms[{t}][{m}]: expected {first[1].numel()} units, got {table[1].numel()}")
-            if _columns(table) != _columns(row[0]):
+        row = [_table(entry, f"terms[{t}][{m}]") for m, entry in enumerate(entries)]
+        models = models or len(row)
+        if len(row) != models or models < 2:
+            raise ValueError(f"terms[{t}]: expected one entry for each of {max(models, 2)} models, got {len(row)}")
+        _share_merged_widths(row, t)
+        columns = _columns(row[0])
+        for m, table in enumerate(row):
+            tensor = table[0]
+            units = _product(tensor, table[1])
+            width, device = width or units, device or tensor.device
+            if units != width:
                 raise ValueError(
-                    f"terms[{t}][{m}]: expected {_columns(row[0])} columns as model 0 has, got {_columns(table)} "
-                    f"from shape {tuple(term.tensor.shape)}"
+                    f"terms[{t}][{m}]: expected {width} units, got {units} from shape {tuple(tensor.shape)}"
                 )
-            device = device or term.tensor.device
-            if term.tensor.device != device:
-                raise ValueError(f"terms[{t}][{m}]: expected a tensor on {device}, got one on {term.tensor.device}")
+            if _columns(table) != columns:
+                raise ValueError(
+                    f"terms[{t}][{m}]: expected {columns} columns as model 0 has, got {_columns(table)} "
+                    f"from shape {tuple(tensor.shape)}"
+                )
+            if tensor.device != device:
+                raise ValueError(f"terms[{t}][{m}]: expected a tensor on {device}, got one on {tensor.device}")
         tables.append(row)
-    if device is None or tables[0][0][1].numel() == 0:
+    if device is None or width == 0:
         raise ValueError("terms: expected at least one unit, got none")
-    return tables, device
+    return tables, width, device
+
+
+def _product(tensor: Tensor, dims: tuple[int, ...]) -> int:
+    size = 1
+    for d in dims:
+        size *= tensor.shape[d]
+    return size
 
 
 def _columns(table: Table) -> int:
-    return int(table[2].numel()) if table[3] is None else int(table[3].numel()) - 1
+    tensor, rows, labelled = table
+    columns = tensor.numel() // max(_product(tensor, rows), 1)
+    for dims, _, size, _ in labelled:
+        columns = columns // max(_product(tensor, dims), 1) * size
+    return columns
 
 
 def _dims(key: Dims, ndim: int, name: str) -> tuple[int, ...]:
     dims = key if isinstance(key, tuple) else (key,)
-    if not dims or any(not -ndim <= d < ndim for d in dims):
-        raise ValueError(f"{name}: expected dims of a {ndim}-d tensor, got {key}")
-    return tuple(d % ndim for d in dims)
+    for d in dims:
+        if not -ndim <= d < ndim:
+            raise ValueError(f"{name}: expected dims of a {ndim}-d tensor, got {key}")
+    return tuple([d % ndim for d in dims])
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A Term with its dims resolved: rows, and {dims: (labels, scale)}."""
-
-    tensor: Tensor
-    rows: tuple[int, ...]
-    labels: dict[tuple[int, ...], tuple[Tensor, Tensor | None]]
-    name: str
-
-
-def _checked(entry: Entry, name: str) -> _Checked:
+def _table(entry: Entry, name: str) -> Table:
     term = Term(entry, 0) if isinstance(entry, Tensor) else entry
     tensor = getattr(term, "tensor", None)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor or a Term, got {type(entry).__name__}")
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense floating tensor, got {tensor.dtype}, {tensor.layout}")
-    if isinstance(entry, Tensor) and tensor.dim() not in (1, 2):
-        raise ValueError(f"{name}: expected a (width, columns) matrix, got shape {tuple(tensor.shape)}; use Term")
     ndim = tensor.dim()
+    if term is not entry and ndim not in (1, 2):
+        raise ValueError(f"{name}: expected a (width, columns) matrix, got shape {tuple(tensor.shape)}; use Term")
     rows = _dims(term.dim, ndim, f"{name}.dim")
-    scales: dict[Any, Tensor] = {}
+    if not rows:
+        raise ValueError(f"{name}.dim: expected at least one dim, got none")
+    labelled = _labelled(term, tensor, name) if term.labels or term.scale is not None else []
+    used = [*rows, *(d for axes in labelled for d in axes[0])]
+    if len(set(used)) != len(used):
+        raise ValueError(f"{name}: a dim is named twice among rows {rows} and labels {[axes[0] for axes in labelled]}")
+    tensor = tensor.detach().resolve_neg()
+    return tensor if tensor.dtype in _FLOATS else tensor.float(), rows, labelled
+
+
+def _labelled(term: Term, tensor: Tensor, name: str) -> list[Labelled]:
+    """The labelled axes of one term; the merged width is that of this model alone."""
+    ndim = tensor.dim()
+    keys = {_dims(key, ndim, f"{name}.labels"): labels for key, labels in (term.labels or {}).items()}
+    scales: dict[tuple[int, ...], Tensor] = {}
     if isinstance(term.scale, Tensor):
-        if len(term.labels or {}) != 1:
-            raise ValueError(
-                f"{name}.scale: a bare tensor needs exactly one labelled dim, got {len(term.labels or {})}"
-            )
-        scales = {_dims(next(iter(term.labels or {})), ndim, f"{name}.labels"): term.scale}
+        if len(keys) != 1:
+            raise ValueError(f"{name}.scale: a bare tensor needs exactly one labelled dim, got {len(keys)}")
+        scales = dict.fromkeys(keys, term.scale)
     elif term.scale is not None:
         scales = {_dims(key, ndim, f"{name}.scale"): scale for key, scale in term.scale.items()}
-    labelled = {}
-    for key, labels in (term.labels or {}).items():
-        dims = _dims(key, ndim, f"{name}.labels")
-        labelled[dims] = (_checked_labels(labels, [tensor.shape[d] for d in dims], name), scales.pop(dims, None))
-    if scales:
-        raise ValueError(f"{name}.scale: expected the keys of labels, got {sorted(scales)}")
-    used = [*rows, *(d for dims in labelled for d in dims)]
-    if len(set(used)) != len(used):
-        raise ValueError(f"{name}: a dim is named twice among rows {rows} and labels {sorted(labelled)}")
-    tensor = tensor.detach().resolve_neg()
-    return _Checked(tensor if tensor.dtype in _FLOATS else tensor.float(), rows, labelled, name)
+        if not scales.keys() <= keys.keys():
+            raise ValueError(f"{name}.scale: expected keys of labels {list(keys)}, got {list(scales)}")
+    made = []
+    for dims, labels in keys.items():
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"{name}.labels: expected an int64 tensor, got {got}")
+        expected = _product(tensor, dims)
+        if labels.shape != (expected,):
+            raise ValueError(f"{name}.labels: expected shape ({expected},), got {tuple(labels.shape)}")
+        labels = labels.detach().to("cpu", torch.int64).contiguous()
+        size = 0
+        if expected:
+            least, most = labels.aminmax()
+            size = int(most) + 1
+            if int(least) < 0:
+                raise ValueError(f"{name}.labels: expected labels of at least 0, got {int(least)}")
+        scale = scales.get(dims)
+        if scale is not None:
+            if scale.dim() != 1 or scale.numel() < size:
+                raise ValueError(f"{name}.scale: expected shape ({size},) or longer, got {tuple(scale.shape)}")
+            scale = scale.detach().to("cpu", torch.float64).contiguous()
+            size = scale.numel()
+        made.append((dims, labels, size, scale))
+    return made
 
 
-def _checked_labels(labels: Tensor, sizes: list[int], name: str) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name}.labels: expected an int64 tensor, got {got}")
-    expected = 1
-    for size in sizes:
-        expected *= size
-    if labels.shape != (expected,):
-        raise ValueError(f"{name}.labels: expected shape ({expected},), got {tuple(labels.shape)}")
-    labels = labels.detach().to("cpu", torch.int64)
-    if expected and int(labels.min()) < 0:
-        raise ValueError(f"{name}.labels: expected labels of at least 0, got {int(labels.min())}")
-    return labels
-
-
-def _merged_sizes(terms: list[_Checked], t: int) -> list[dict[tuple[int, ...], int]]:
-    """Merged width of each labelled axis: the largest over all models, the k-th key of each model being one axis."""
-    if len({len(term.labels) for term in terms}) > 1:
-        raise ValueError(f"terms[{t}]: expected labels for the same dims in every model")
-    sizes: list[dict[tuple[int, ...], int]] = []
-    for term in terms:
-        own = {}
-        for dims, (labels, scale) in term.labels.items():
-            needed = int(labels.max()) + 1 if labels.numel() else 0
-            own[dims] = needed if scale is None else int(scale.numel())
-            if scale is not None and (scale.dim() != 1 or scale.numel() < needed):
-                raise ValueError(f"{term.name}.scale: expected shape ({needed},) or longer, got {tuple(scale.shape)}")
-        sizes.append(own)
-    keys = list(sizes[0])
-    if any(set(own) != set(keys) for own in sizes):
-        raise ValueError(f"terms[{t}]: expected labels for the same dims in every model")
-    return [{key: max(own[key] for own in sizes) for key in keys} for _ in sizes]
-
-
-def _offsets(tensor: Tensor, dims: Sequence[int]) -> Tensor:
-    """Offsets of all indices of some dims, row-major, flattened."""
-    offsets = torch.zeros(1, dtype=torch.int64)
-    for d in dims:
-        offsets = (offsets[:, None] + torch.arange(tensor.shape[d]) * tensor.stride(d)).flatten()
-    return offsets
-
-
-def _table(term: _Checked, sizes: Mapping[tuple[int, ...], int]) -> Table:
-    """Offsets of units and columns. Labelled axes come last, in the order of the labels."""
-    tensor = term.tensor
-    used = {*term.rows, *(d for dims in term.labels for d in dims)}
-    units = _offsets(tensor, term.rows)
-    plain = _offsets(tensor, [d for d in range(tensor.dim()) if d not in used])
-    if not term.labels:
-        return tensor, units, plain, None, None
-    members, columns, total = plain, torch.arange(plain.numel()), plain.numel()
-    scale: Tensor | None = None
-    for dims, (labels, factors) in ((key, term.labels[key]) for key in sizes):
-        size = sizes[dims]
-        members = (members[:, None] + _offsets(tensor, dims)).flatten()
-        columns = (columns[:, None] * size + labels).flatten()
-        if scale is not None or factors is not None:
-            padded = torch.ones(size, dtype=torch.float64)
-            if factors is not None:
-                padded[: factors.numel()] = factors.detach().to("cpu", torch.float64)
-            scale = ((torch.ones(total, dtype=torch.float64) if scale is None else scale)[:, None] * padded).flatten()
-        total *= size
-    order = columns.argsort(stable=True)
-    counts = columns.bincount(minlength=total)
-    members = members[order]
-    if scale is not None and bool((scale == 1.0).all()):
-        scale = None
-    if bool((counts == 1).all()):
-        return tensor, units, members, None, scale
-    return tensor, units, members, torch.cat((counts.new_zeros(1), counts.cumsum(0))), scale
+def _share_merged_widths(row: list[Table], t: int) -> None:
+    """A merged unit that one model lacks is still a column of it: the widths of a labelled axis become their maximum."""
+    if not any(labelled for _, _, labelled in row):
+        return
+    sizes: dict[tuple[int, ...], int] = {}
+    for _, _, labelled in row:
+        for dims, _, size, _ in labelled:
+            sizes[dims] = max(size, sizes.get(dims, 0))
+    for tensor, rows, labelled in row:
+        own = {axes[0]: axes for axes in labelled}
+        if own.keys() != sizes.keys():
+            raise ValueError(
+                f"terms[{t}]: expected labels for the same dims in every model, got {list(own)} of {list(sizes)}"
+            )
+        labelled.clear()
+        for dims, size in sizes.items():
+            _, labels, _, scale = own[dims]
+            if scale is not None and scale.numel() < size:
+                scale = torch.cat((scale, scale.new_ones(size - scale.numel())))
+            labelled.append((dims, labels, size, scale))

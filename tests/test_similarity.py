@@ -313,13 +313,18 @@ def test_bad_input(case: str) -> None:
         call()
 
 
-def test_offsets_outside_the_tensor_are_refused() -> None:
-    zeros = torch.zeros(2, dtype=torch.int64)
-    out = torch.empty(1, 2, 2)
-    good = (torch.ones(2, 1), torch.arange(2), zeros[:1], None, None)
-    bad = (torch.ones(2, 1), torch.arange(2) + 1, zeros[:1], None, None)
-    with pytest.raises(ValueError, match="outside"):
-        _core.similarity([[good, bad]], 2, 2, True, 1.0, None, out, 1)
+def test_the_kernel_guards_its_memory() -> None:
+    out, good = torch.empty(1, 2, 2), (torch.ones(2, 3), (0,), [])
+    labels = torch.tensor([0, 1, 5])
+    for bad, words in (
+        ((torch.ones(2, 3), (0,), [((1,), labels, 3, None)]), "labels"),
+        ((torch.ones(2, 3), (0,), [((0,), labels[:2], 3, None)]), "twice"),
+        ((torch.ones(2, 3), (2,), []), "out of range"),
+        ((torch.ones(3, 2), (0,), []), "units"),
+        ((torch.ones(2, 2), (0,), []), "columns"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _core.similarity([[good, bad]], 2, 2, True, 1.0, None, out, 1)
 
 
 def test_inputs_are_left_alone_and_detached() -> None:

@@ -49,12 +49,6 @@ def similarity(
     activation: Covariance | None,
     device: torch.device,
 ) -> Tensor:
-    """Similarity of CUDA tensors; tables are host memory already, the result goes to ``device``."""
-    moved = [[(_to_host(table[0]), *table[1:]) for table in row] for row in tables]
+    """Similarity of CUDA tensors; labels are host memory already, the result goes to ``device``."""
+    moved = [[(tensor.cpu(), rows, labelled) for tensor, rows, labelled in row] for row in tables]
     return cpu.similarity(moved, width, models, cross, balance, activation, device)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, so that offsets stay right."""
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return copy.copy_(tensor)

@@ -101,8 +101,8 @@ void correlation_run(const CovarianceState& s, const Layout& layout, const Momen
         const double* from = s.gram +
                              block_index(row / kPanel, block, layout.column_panels, !layout.cross) * kPanel * kPanel +
                              row % kPanel * kPanel + lane;
-        correlate(from, moments.mean.get() + column + done, moments.inverse.get() + column + done, inverse_count, mean, inverse,
-                  run, out + done);
+        correlate(from, moments.mean.get() + column + done, moments.inverse.get() + column + done, inverse_count, mean,
+                  inverse, run, out + done);
         done += run;
     }
 }

@@ -43,7 +43,8 @@ inline void convert_run(W* __restrict to, const T* __restrict from, int64_t n) {
         using V = typename VectorOf<W>::type;
         constexpr int kLanes = Tile<W>::kLanes;
         if (n == kPanel) {  // the usual length, without a call to memcpy
-            for (int i = 0; i < kPanel; i += kLanes) *reinterpret_cast<V*>(to + i) = *reinterpret_cast<const V*>(from + i);
+            for (int i = 0; i < kPanel; i += kLanes)
+                *reinterpret_cast<V*>(to + i) = *reinterpret_cast<const V*>(from + i);
             return;
         }
     }
@@ -124,8 +125,10 @@ inline void transpose_4(const W* const* rows, int64_t n, W* to) {
 #if defined(__SSE2__)
     if constexpr (sizeof(W) == sizeof(float)) {
         for (; k + 4 <= n; k += 4) {
-            __m128 a = _mm_loadu_ps(reinterpret_cast<const float*>(rows[0] + k)), b = _mm_loadu_ps(reinterpret_cast<const float*>(rows[1] + k));
-            __m128 c = _mm_loadu_ps(reinterpret_cast<const float*>(rows[2] + k)), d = _mm_loadu_ps(reinterpret_cast<const float*>(rows[3] + k));
+            __m128 a = _mm_loadu_ps(reinterpret_cast<const float*>(rows[0] + k)),
+                   b = _mm_loadu_ps(reinterpret_cast<const float*>(rows[1] + k));
+            __m128 c = _mm_loadu_ps(reinterpret_cast<const float*>(rows[2] + k)),
+                   d = _mm_loadu_ps(reinterpret_cast<const float*>(rows[3] + k));
             _MM_TRANSPOSE4_PS(a, b, c, d);
             float* at = reinterpret_cast<float*>(to + k * kPanel);
             _mm_storeu_ps(at, a);
@@ -142,7 +145,8 @@ inline void transpose_4(const W* const* rows, int64_t n, W* to) {
 
 // Units that lie apart: their columns are read unit by unit and transposed, four units at a time.
 template <typename W, typename T>
-void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n, W* to) {
+void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
+                W* to) {
     const bool run = columns_run(columns, c0, n);
     W part[4][kPackRows];
     for (int64_t u0 = 0; u0 < units; u0 += 4) {

@@ -1,0 +1,113 @@
+// Turns a strided tensor, seen as (units, columns), into the offsets that the similarity kernel reads: some of its axes
+// are the units, some are expressed in merged coordinates by labels, all others are columns as they are.
+#pragma once
+
+#include <stdint.h>
+
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace mudsc {
+
+// Axes of a tensor that are expressed in merged coordinates: entry i of their row-major index belongs to merged unit
+// labels[i], and merged unit j is multiplied by scale[j].
+struct LabelledAxes {
+    std::vector<int> dims;
+    const int64_t* labels;
+    int64_t size;         // merged units
+    const double* scale;  // [size] or null
+};
+
+class TermTable {
+  public:
+    TermTable(const int64_t* shape, const int64_t* strides, int ndim, const std::vector<int>& unit_dims,
+              const std::vector<LabelledAxes>& labelled) {
+        std::vector<char> used(static_cast<size_t>(ndim), 0);
+        for (int d : unit_dims) used[static_cast<size_t>(d)] = 1;
+        for (const LabelledAxes& axes : labelled) {
+            for (int d : axes.dims) used[static_cast<size_t>(d)] = 1;
+        }
+        std::vector<int> plain;
+        for (int d = 0; d < ndim; ++d) {
+            if (used[static_cast<size_t>(d)] == 0) plain.push_back(d);
+        }
+        unit_off_ = offsets(shape, strides, unit_dims);
+        off_ = offsets(shape, strides, plain);
+        if (!labelled.empty()) group(shape, strides, labelled);
+    }
+
+    void fill(SimilarityTerm& term) const {
+        term.unit_off = unit_off_.data();
+        term.columns = static_cast<int64_t>(ptr_.empty() ? off_.size() : ptr_.size() - 1);
+        term.off = off_.data();
+        term.ptr = ptr_.empty() ? nullptr : ptr_.data();
+        term.scale = scale_.empty() ? nullptr : scale_.data();
+    }
+    int64_t units() const { return static_cast<int64_t>(unit_off_.size()); }
+
+  private:
+    // Offsets of all indices of some dims, row-major.
+    static std::vector<int64_t> offsets(const int64_t* shape, const int64_t* strides, const std::vector<int>& dims) {
+        std::vector<int64_t> result{0};
+        for (int d : dims) {
+            std::vector<int64_t> longer;
+            longer.reserve(result.size() * static_cast<size_t>(shape[d]));
+            for (int64_t base : result) {
+                for (int64_t i = 0; i < shape[d]; ++i) longer.push_back(base + i * strides[d]);
+            }
+            result.swap(longer);
+        }
+        return result;
+    }
+
+    // Sorts the members of merged columns by column: plain columns vary slowest, then the labelled axes in their order.
+    void group(const int64_t* shape, const int64_t* strides, const std::vector<LabelledAxes>& labelled) {
+        std::vector<int64_t> members = off_, columns(off_.size());
+        for (size_t i = 0; i < columns.size(); ++i) columns[i] = static_cast<int64_t>(i);
+        std::vector<double> scale(off_.size(), 1.0);
+        bool scaled = false;
+        for (const LabelledAxes& axes : labelled) {
+            const std::vector<int64_t> steps = offsets(shape, strides, axes.dims);
+            std::vector<int64_t> more_members, more_columns;
+            std::vector<double> more_scale;
+            more_members.reserve(members.size() * steps.size());
+            more_columns.reserve(members.size() * steps.size());
+            more_scale.reserve(scale.size() * static_cast<size_t>(axes.size));
+            for (size_t i = 0; i < members.size(); ++i) {
+                for (size_t k = 0; k < steps.size(); ++k) {
+                    more_members.push_back(members[i] + steps[k]);
+                    more_columns.push_back(columns[i] * axes.size + axes.labels[k]);
+                }
+            }
+            for (double s : scale) {
+                for (int64_t j = 0; j < axes.size; ++j) {
+                    more_scale.push_back(axes.scale != nullptr ? s * axes.scale[j] : s);
+                    scaled = scaled || more_scale.back() != 1.0;
+                }
+            }
+            members.swap(more_members);
+            columns.swap(more_columns);
+            scale.swap(more_scale);
+        }
+        std::vector<int64_t> ptr(scale.size() + 1, 0);
+        for (int64_t c : columns) ++ptr[static_cast<size_t>(c) + 1];
+        bool single = true;
+        for (size_t c = 1; c < ptr.size(); ++c) {
+            single = single && ptr[c] == 1;
+            ptr[c] += ptr[c - 1];
+        }
+        off_.resize(members.size());
+        std::vector<int64_t> next(ptr.begin(), ptr.end() - 1);
+        for (size_t i = 0; i < members.size(); ++i) {
+            off_[static_cast<size_t>(next[static_cast<size_t>(columns[i])]++)] = members[i];
+        }
+        if (!single) ptr_.swap(ptr);
+        if (scaled) scale_.swap(scale);
+    }
+
+    std::vector<int64_t> unit_off_, off_, ptr_;  // ptr_ is empty where every column has one member
+    std::vector<double> scale_;                  // empty where all are 1
+};
+
+}  // namespace mudsc

@@ -13,6 +13,9 @@ namespace {
 
 constexpr int64_t kTaskBytes = 256 << 10;
 constexpr int64_t kStreamFromBytes = 8 << 20;  // results beyond this would not stay in a core's cache anyway
+constexpr int64_t kShort = 192;                // bytes copied without a call
+constexpr int64_t kBlockBytes = 2048;          // of a row, gathered in L1 before it is stored in whole lines
+constexpr int64_t kRowsInCache = 16 << 10;     // rows gathered at once must leave room in L1 for the index
 constexpr int64_t kRun = 512;  // elements summed in registers and L1 before they are converted and stored
 
 // The other axes, sorted so that the last is walked innermost, with neighbours merged where strides allow.
@@ -53,7 +56,9 @@ Layout canonical(const RegroupArgs& a) {
         }
         --l.n;
     }
-    if (l.n > 0) {
+    // Where the units themselves lie side by side, a row of units is the run, and every other axis is walked outside
+    // it.
+    if (l.n > 0 && l.unit_out != 1) {
         --l.n;
         l.inner = l.shape[l.n];
         l.inner_in = l.in[l.n];
@@ -73,14 +78,38 @@ void offsets(const Layout& l, int64_t index, int64_t* in, int64_t* out) {
     }
 }
 
+// Copies a few bytes without a call: whole steps, then one that ends where the run ends.
+template <int Step>
+inline void copy_steps(char* out, const char* in, int64_t bytes) {
+    for (int64_t i = 0; i + Step <= bytes; i += Step) memcpy(out + i, in + i, Step);
+    memcpy(out + bytes - Step, in + bytes - Step, Step);
+}
+
+inline void copy_short(char* out, const char* in, int64_t bytes) {
+    if (bytes >= 16) {
+        copy_steps<16>(out, in, bytes);
+    } else if (bytes >= 4) {
+        copy_steps<4>(out, in, bytes);
+    } else {
+        for (int64_t i = 0; i < bytes; ++i) out[i] = in[i];
+    }
+}
+
 // Copies a run of contiguous bytes; past the cache when `stream`, a whole line at a time where the registers allow.
-void copy_run(char* out, const char* in, int64_t bytes, bool stream) {
+// `next` is where the following run will be read: the hardware does not foresee a jump, so its lines are asked for
+// here.
+inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, const char* next) {
+    if (bytes <= kShort) {
+        copy_short(out, in, bytes);
+        return;
+    }
 #if defined(__SSE2__)
-    if (stream && bytes >= 256) {
+    if (stream) {
         const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63;
         memcpy(out, in, static_cast<size_t>(head));
         int64_t i = head;
         for (; i + kCacheLine <= bytes; i += kCacheLine) {
+            __builtin_prefetch(next + i);
 #if defined(__AVX512F__)
             _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
 #else
@@ -93,9 +122,9 @@ void copy_run(char* out, const char* in, int64_t bytes, bool stream) {
         memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
         return;
     }
-#else
-    (void)stream;
 #endif
+    (void)stream;
+    (void)next;
     memcpy(out, in, static_cast<size_t>(bytes));
 }
 
@@ -105,67 +134,62 @@ void fence() {
 #endif
 }
 
-// One task: units [j0, j1) at one outer index, for element type T, which is only moved.
-template <typename T>
-struct Mover {
+// What a worker needs besides the arguments: where each member lies on the unit axis, in elements.
+struct Plan {
     const RegroupArgs& a;
     const Layout& l;
+    const int64_t* at;    // [members]
+    const int32_t* near;  // [members] the same where rows of units are gathered: half the cache
+    bool full;            // every unit has one member exactly, so unit j's is at[j]
     bool stream;
-
-    void operator()(int64_t o, int64_t j0, int64_t j1) const {
-        int64_t in_at, out_at;
-        offsets(l, o, &in_at, &out_at);
-        const T* in = static_cast<const T*>(a.in) + in_at;
-        T* out = static_cast<T*>(a.out) + out_at;
-        if (l.inner_in == 1 && l.inner_out == 1) {
-            for (int64_t j = j0; j < j1; ++j) contiguous(out + j * l.unit_out, in, j);
-        } else if (l.unit_out == 1) {
-            for (int64_t i = 0; i < l.inner; ++i) gather(out + i * l.inner_out, in + i * l.inner_in, j0, j1);
-        } else {
-            for (int64_t j = j0; j < j1; ++j) {
-                T* row = out + j * l.unit_out;
-                const bool some = a.ptr[j] < a.ptr[j + 1];
-                const T* from = in + (some ? a.members[a.ptr[j]] * l.unit_in : 0);
-                for (int64_t i = 0; i < l.inner; ++i) row[i * l.inner_out] = some ? from[i * l.inner_in] : T{};
-            }
-        }
-    }
-
-    void contiguous(T* out, const T* in, int64_t j) const {
-        const int64_t bytes = l.inner * static_cast<int64_t>(sizeof(T));
-        if (a.ptr[j] == a.ptr[j + 1]) {
-            memset(static_cast<void*>(out), 0, static_cast<size_t>(bytes));
-        } else {
-            const T* from = in + a.members[a.ptr[j]] * l.unit_in;
-            copy_run(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(from), bytes, stream);
-        }
-    }
-
-    void gather(T* out, const T* in, int64_t j0, int64_t j1) const {
-        T block[4096 / sizeof(T)];
-        for (int64_t j = j0; j < j1;) {
-            const int64_t n = min64(j1 - j, static_cast<int64_t>(sizeof block / sizeof(T)));
-            // When every unit has one member, ptr is the identity and need not be read.
-            if (a.ptr[j] == j && a.ptr[j + n] == j + n) {
-                for (int64_t k = 0; k < n; ++k) block[k] = in[a.members[j + k] * l.unit_in];
-            } else {
-                for (int64_t k = 0; k < n; ++k) {
-                    block[k] = a.ptr[j + k] < a.ptr[j + k + 1] ? in[a.members[a.ptr[j + k]] * l.unit_in] : T{};
-                }
-            }
-            copy_run(reinterpret_cast<char*>(out + j), reinterpret_cast<const char*>(block),
-                     n * static_cast<int64_t>(sizeof(T)), stream);
-            j += n;
-        }
-    }
 };
 
-// The same for sums, in float for 32- and 16-bit types and in double for double.
+// Elements that are only moved.
+template <typename T>
+struct Mover {
+    using Element = T;
+    const Plan& p;
+
+    // Runs of inner elements that are contiguous on both sides.
+    void contiguous(T* out, const T* in, int64_t j0, int64_t j1) const {
+        const int64_t bytes = p.l.inner * static_cast<int64_t>(sizeof(T));
+        for (int64_t j = j0; j < j1; ++j) {
+            char* to = reinterpret_cast<char*>(out + j * p.l.unit_out);
+            const int64_t first = p.full ? j : p.a.ptr[j];
+            if (!p.full && first == p.a.ptr[j + 1]) {
+                memset(to, 0, static_cast<size_t>(bytes));
+                continue;
+            }
+            const char* from = reinterpret_cast<const char*>(in + p.at[first]);
+            if (bytes <= kShort) {
+                copy_short(to, from, bytes);
+            } else {
+                const bool more = first + 1 < p.a.ptr[p.l.units];
+                copy_run(to, from, bytes, p.stream, more ? reinterpret_cast<const char*>(in + p.at[first + 1]) : from);
+            }
+        }
+    }
+
+    // Units [j, j + n) of several rows at once, so that a member's place is read once for all of them.
+    template <int Rows>
+    void block(T (*to)[kBlockBytes / sizeof(T)], const T* const* in, int64_t j, int64_t n) const {
+        const int64_t* ptr = p.a.ptr + j;
+        for (int64_t k = 0; k < n; ++k) {
+            const bool some = p.full || ptr[k] < ptr[k + 1];
+            const int64_t place = some ? p.near[p.full ? j + k : ptr[k]] : 0;
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; ++r) to[r][k] = some ? in[r][place] : T{};
+        }
+    }
+
+    T single(const T* in, int64_t j) const { return p.a.ptr[j] < p.a.ptr[j + 1] ? in[p.at[p.a.ptr[j]]] : T{}; }
+};
+
+// Elements that are added up: in float for 32- and 16-bit types, in double for double.
 template <typename T, typename Acc>
 struct Summer {
-    const RegroupArgs& a;
-    const Layout& l;
-    bool stream;
+    using Element = T;
+    const Plan& p;
 
     static Acc widen(T x) {
         if constexpr (sizeof(Acc) == 8) {
@@ -181,60 +205,141 @@ struct Summer {
             return from_f32<T>(x);
         }
     }
-    Acc factor(int64_t j) const { return a.scale != nullptr ? static_cast<Acc>(a.scale[j]) : Acc{1}; }
+    Acc factor(int64_t j) const { return p.a.scale != nullptr ? static_cast<Acc>(p.a.scale[j]) : Acc{1}; }
 
-    void operator()(int64_t o, int64_t j0, int64_t j1) const {
-        int64_t in_at, out_at;
-        offsets(l, o, &in_at, &out_at);
-        const T* in = static_cast<const T*>(a.in) + in_at;
-        T* out = static_cast<T*>(a.out) + out_at;
-        if (l.inner_in == 1 && l.inner_out == 1) {
-            for (int64_t j = j0; j < j1; ++j) contiguous(out + j * l.unit_out, in, j);
+    void contiguous(T* out, const T* in, int64_t j0, int64_t j1) const {
+        for (int64_t j = j0; j < j1; ++j) run(out + j * p.l.unit_out, in, j);
+    }
+
+    void run(T* out, const T* in, int64_t j) const {
+        const Acc by = factor(j);
+        const int64_t first = p.a.ptr[j], last = p.a.ptr[j + 1];
+        if (last - first == 2) {
+            // The usual zip, one unit of each model or two of one: no detour through a buffer.
+            const T *x = in + p.at[first], *y = in + p.at[first + 1];
+            for (int64_t k = 0; k < p.l.inner; ++k) out[k] = narrow((widen(x[k]) + widen(y[k])) * by);
             return;
         }
-        for (int64_t i = 0; i < l.inner; ++i) {
-            for (int64_t j = j0; j < j1; ++j) {
-                Acc sum{0};
-                for (int64_t p = a.ptr[j]; p < a.ptr[j + 1]; ++p) {
-                    sum += widen(in[a.members[p] * l.unit_in + i * l.inner_in]);
-                }
-                out[j * l.unit_out + i * l.inner_out] = narrow(sum * factor(j));
+        Acc sum[kRun];
+        for (int64_t i = 0; i < p.l.inner; i += kRun) {
+            const int64_t n = min64(kRun, p.l.inner - i);
+            for (int64_t k = 0; k < n; ++k) sum[k] = 0;
+            for (int64_t m = first; m < last; ++m) {
+                const T* from = in + p.at[m] + i;
+                for (int64_t k = 0; k < n; ++k) sum[k] += widen(from[k]);
             }
+            for (int64_t k = 0; k < n; ++k) out[i + k] = narrow(sum[k] * by);
         }
     }
 
-    void contiguous(T* out, const T* in, int64_t j) const {
-        Acc sum[kRun];
-        T block[kRun];
-        const Acc by = factor(j);
-        for (int64_t i = 0; i < l.inner; i += kRun) {
-            const int64_t n = min64(kRun, l.inner - i);
-            for (int64_t k = 0; k < n; ++k) sum[k] = 0;
-            for (int64_t p = a.ptr[j]; p < a.ptr[j + 1]; ++p) {
-                const T* from = in + a.members[p] * l.unit_in + i;
-                for (int64_t k = 0; k < n; ++k) sum[k] += widen(from[k]);
+    template <int Rows>
+    void block(T (*to)[kBlockBytes / sizeof(T)], const T* const* in, int64_t j, int64_t n) const {
+        int64_t m = p.a.ptr[j];
+        for (int64_t k = 0; k < n; ++k) {
+            Acc sum[Rows] = {};
+            for (const int64_t end = p.a.ptr[j + k + 1]; m < end; ++m) {
+#pragma GCC unroll 4
+                for (int r = 0; r < Rows; ++r) sum[r] += widen(in[r][p.near[m]]);
             }
-            for (int64_t k = 0; k < n; ++k) block[k] = narrow(sum[k] * by);
-            copy_run(reinterpret_cast<char*>(out + i), reinterpret_cast<const char*>(block),
-                     n * static_cast<int64_t>(sizeof(T)), stream);
+            const Acc by = factor(j + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < Rows; ++r) to[r][k] = narrow(sum[r] * by);
         }
+    }
+
+    T single(const T* in, int64_t j) const {
+        Acc sum{0};
+        for (int64_t m = p.a.ptr[j]; m < p.a.ptr[j + 1]; ++m) sum += widen(in[p.at[m]]);
+        return narrow(sum * factor(j));
     }
 };
 
+// Rows in which the units themselves lie side by side: `Rows` outer indices from o on, units [j0, j1). Rows are read in
+// any order, which the hardware cannot foresee: while they are, the rows that come next are asked for from end to end.
+template <typename Worker, int Rows>
+void unit_rows(const Worker& work, int64_t o, int64_t j0, int64_t j1) {
+    using T = typename Worker::Element;
+    const Plan& p = work.p;
+    const T *in[Rows], *next[Rows];
+    T* out[Rows];
+    for (int r = 0; r < Rows; ++r) {
+        int64_t in_at, out_at, ignored;
+        offsets(p.l, min64(o + Rows + r, p.l.outer - 1), &in_at, &ignored);
+        next[r] = static_cast<const T*>(p.a.in) + in_at;
+        offsets(p.l, o + r, &in_at, &out_at);
+        in[r] = static_cast<const T*>(p.a.in) + in_at;
+        out[r] = static_cast<T*>(p.a.out) + out_at;
+    }
+    constexpr int64_t kBlock = kBlockBytes / static_cast<int64_t>(sizeof(T));
+    constexpr int64_t kLine = max64(1, kCacheLine / static_cast<int64_t>(sizeof(T)));
+    T block[Rows][kBlock];
+    for (int64_t j = j0; j < j1;) {
+        const int64_t n = min64(j1 - j, kBlock);
+        for (int r = 0; r < Rows; ++r) {
+            for (int64_t k = 0; k < n && p.l.unit_in == 1; k += kLine) __builtin_prefetch(next[r] + j + k, 0, 2);
+        }
+        work.template block<Rows>(block, in, j, n);
+        for (int r = 0; r < Rows; ++r) {
+            const char* from = reinterpret_cast<const char*>(block[r]);
+            copy_run(reinterpret_cast<char*>(out[r] + j), from, n * static_cast<int64_t>(sizeof(T)), p.stream, from);
+        }
+        j += n;
+    }
+}
+
+// Any other layout, one outer index.
 template <typename Worker>
-void run(const RegroupArgs& a, const Layout& l) {
-    const int64_t bytes_a_unit = max64(1, l.inner * a.element_bytes);
-    const bool stream = l.outer * l.units * bytes_a_unit >= kStreamFromBytes;
-    const Worker work{a, l, stream};
+void strided(const Worker& work, int64_t o, int64_t j0, int64_t j1) {
+    using T = typename Worker::Element;
+    const Layout& l = work.p.l;
+    int64_t in_at, out_at;
+    offsets(l, o, &in_at, &out_at);
+    const T* in = static_cast<const T*>(work.p.a.in) + in_at;
+    T* out = static_cast<T*>(work.p.a.out) + out_at;
+    if (l.inner_in == 1 && l.inner_out == 1) {
+        if (l.inner * static_cast<int64_t>(sizeof(T)) <= kShort && o + 1 < l.outer) {
+            int64_t next_at, ignored;
+            offsets(l, o + 1, &next_at, &ignored);
+            const T* next = static_cast<const T*>(work.p.a.in) + next_at;
+            constexpr int64_t kGroup = 64;
+            for (int64_t j = j0; j < j1; j += kGroup) {
+                const int64_t end = min64(j + kGroup, j1);
+                const char* line = reinterpret_cast<const char*>(next + j * l.unit_in);
+                const char* stop = reinterpret_cast<const char*>(next + end * l.unit_in);
+                for (; line < stop; line += kCacheLine) __builtin_prefetch(line, 0, 2);
+                work.contiguous(out, in, j, end);
+            }
+        } else {
+            work.contiguous(out, in, j0, j1);
+        }
+        return;
+    }
+    for (int64_t j = j0; j < j1; ++j) {
+        for (int64_t i = 0; i < l.inner; ++i)
+            out[j * l.unit_out + i * l.inner_out] = work.single(in + i * l.inner_in, j);
+    }
+}
+
+template <typename Worker>
+void run(const Plan& p) {
+    const Worker work{p};
+    const Layout& l = p.l;
     // Tasks are runs of (outer, unit) pairs, cut so that each is about kTaskBytes.
+    const int64_t bytes_a_unit = max64(1, l.inner * p.a.element_bytes);
+    const int64_t row_bytes = l.units * p.a.element_bytes;
     const int64_t units_a_task = min64(max64(1, kTaskBytes / bytes_a_unit), max64(1, l.units));
     const int64_t cuts = ceil_div(l.units, units_a_task);
-    const int64_t outers_a_task = cuts > 1 ? 1 : max64(1, kTaskBytes / (bytes_a_unit * max64(1, l.units)));
-    parallel_each(a.threads, ceil_div(l.outer, outers_a_task) * cuts, [&](int64_t task, int) {
-        const int64_t o0 = task / cuts * outers_a_task, j0 = task % cuts * units_a_task;
-        for (int64_t o = o0; o < min64(o0 + outers_a_task, l.outer); ++o)
-            work(o, j0, min64(j0 + units_a_task, l.units));
-        if (stream) fence();
+    const int64_t outers_a_task = cuts > 1 ? 4 : max64(4, kTaskBytes / (bytes_a_unit * max64(1, l.units)));
+    parallel_each(p.a.threads, ceil_div(l.outer, outers_a_task) * cuts, [&](int64_t task, int) {
+        const int64_t o1 = min64((task / cuts + 1) * outers_a_task, l.outer);
+        const int64_t j0 = task % cuts * units_a_task, j1 = min64(j0 + units_a_task, l.units);
+        int64_t o = task / cuts * outers_a_task;
+        if (p.near != nullptr) {
+            for (; o + 4 <= o1 && 4 * row_bytes <= kRowsInCache; o += 4) unit_rows<Worker, 4>(work, o, j0, j1);
+            for (; o < o1; ++o) unit_rows<Worker, 1>(work, o, j0, j1);
+        }
+        for (; o < o1; ++o) strided(work, o, j0, j1);
+        if (p.stream) fence();
     });
 }
 
@@ -250,23 +355,40 @@ Status regroup(const RegroupArgs& a) {
         if (a.shape[d] == 0) return Status::ok;
     }
     const Layout l = canonical(a);
-    bool single = a.scale == nullptr;
-    for (int64_t j = 0; single && j < l.units; ++j) single = a.ptr[j + 1] - a.ptr[j] <= 1;
+    const int64_t members = a.ptr[l.units];
+    Buffer<int64_t> at(members);
+    if (!at) return Status::no_memory;
+    for (int64_t m = 0; m < members; ++m) at[m] = a.members[m] * l.unit_in;
+    const bool rows_of_units = l.unit_out == 1;
+    Buffer<int32_t> near(rows_of_units ? members : 0);
+    if (!near) return Status::no_memory;
+    bool fits = rows_of_units;
+    for (int64_t m = 0; m < members && fits; ++m) {
+        fits = llabs(at[m]) <= INT32_MAX;
+        near[m] = static_cast<int32_t>(at[m]);
+    }
+    bool single = a.scale == nullptr, full = single && members == l.units;
+    for (int64_t j = 0; single && j < l.units; ++j) {
+        single = a.ptr[j + 1] - a.ptr[j] <= 1;
+        full = full && a.ptr[j] == j;
+    }
+    const int64_t bytes = l.outer * l.units * l.inner * a.element_bytes;
+    const Plan plan{a, l, at.get(), fits ? near.get() : nullptr, full, bytes >= kStreamFromBytes};
     if (single) {
         switch (a.element_bytes) {
-            case 1: run<Mover<uint8_t>>(a, l); return Status::ok;
-            case 2: run<Mover<uint16_t>>(a, l); return Status::ok;
-            case 4: run<Mover<uint32_t>>(a, l); return Status::ok;
-            case 8: run<Mover<uint64_t>>(a, l); return Status::ok;
-            case 16: run<Mover<Wide>>(a, l); return Status::ok;
+            case 1: run<Mover<uint8_t>>(plan); return Status::ok;
+            case 2: run<Mover<uint16_t>>(plan); return Status::ok;
+            case 4: run<Mover<uint32_t>>(plan); return Status::ok;
+            case 8: run<Mover<uint64_t>>(plan); return Status::ok;
+            case 16: run<Mover<Wide>>(plan); return Status::ok;
             default: return Status::unsupported;
         }
     }
     switch (a.dtype) {
-        case Dtype::f64: run<Summer<double, double>>(a, l); return Status::ok;
-        case Dtype::f32: run<Summer<float, float>>(a, l); return Status::ok;
-        case Dtype::f16: run<Summer<f16, float>>(a, l); return Status::ok;
-        case Dtype::bf16: run<Summer<bf16, float>>(a, l); return Status::ok;
+        case Dtype::f64: run<Summer<double, double>>(plan); return Status::ok;
+        case Dtype::f32: run<Summer<float, float>>(plan); return Status::ok;
+        case Dtype::f16: run<Summer<f16, float>>(plan); return Status::ok;
+        case Dtype::bf16: run<Summer<bf16, float>>(plan); return Status::ok;
         default: return Status::unsupported;
     }
 }

@@ -1,5 +1,7 @@
 // Linear assignment of one matrix or of a batch: which layout is solved, on which threads, and whether the result is
 // proven. The algorithm is in assign_solver.h.
+#include <new>
+
 #include "cpu/common.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/assign_solver.h"

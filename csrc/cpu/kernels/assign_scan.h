@@ -14,56 +14,51 @@ constexpr int kRun = 64;
 
 inline int padded(int n) { return (n + kRun - 1) / kRun * kRun; }
 
-// The largest r of each group, for prices v (infinite in the padding; null: all zero). *bad is added to: it ends
-// up NaN when the row holds NaN or an infinity.
-template <bool checked, class T, class C>
-inline void group_maxima(const T* row,    // [n]
-                         const C* price,  // [padded(n)] or null
-                         int n,
-                         C* best,  // [kRun]
-                         C* bad) {
-    constexpr int lanes = Vec<C>::lanes, count = kRun / lanes;
+// Calls fn(vector of r, first column) for a whole row; lanes past its end hold minus infinity. bad is added to: it ends
+// up NaN in some lane when the row holds NaN or an infinity.
+template <bool priced, bool checked, class T, class C, class Fn>
+inline void for_reduced(const T* row,    // [n]
+                        const C* price,  // [padded(n)], infinite in the padding
+                        int n, Vec<C>* bad, const Fn& fn) {
+    constexpr int lanes = Vec<C>::lanes;
     const Vec<C> nothing = Vec<C>::all(0);
-    Vec<C> top[count], zero[2] = {nothing, nothing};
-    for (int k = 0; k < count; ++k) top[k] = Vec<C>::all(static_cast<C>(-INFINITY));
-    int j = 0;
-    for (; j + kRun <= n; j += kRun) {
-        for (int k = 0; k < count; ++k) {
-            Vec<C> x = Vec<C>::load(row + j + k * lanes);
-            if (checked) zero[k % 2] = x * nothing + zero[k % 2];
-            if (price != nullptr) x = x - Vec<C>::load(price + j + k * lanes);
-            top[k] = vmax(x, top[k]);
+    const auto run = [&](const T* s, int j) {
+        for (int k = 0; k < kRun / lanes; ++k) {
+            Vec<C> x = Vec<C>::load(s + k * lanes);
+            if (checked) bad[k % 2] = x * nothing + bad[k % 2];
+            if (priced) x = x - Vec<C>::load(price + j + k * lanes);
+            fn(x, j, k);
         }
-    }
+    };
+    int j = 0;
+    for (; j + kRun <= n; j += kRun) run(row + j, j);
     if (j < n) {
         T tail[kRun];
-        for (int k = 0; k < kRun; ++k) tail[k] = static_cast<T>(-INFINITY);
+        for (int k = 0; k < kRun; ++k) tail[k] = 0;
         memcpy(tail, row + j, static_cast<size_t>(n - j) * sizeof(T));
-        for (int k = 0; k < count; ++k) {
-            Vec<C> x = Vec<C>::load(tail + k * lanes);
-            if (price != nullptr) x = x - Vec<C>::load(price + j + k * lanes);
-            top[k] = vmax(x, top[k]);
-        }
-        if (checked) {
-            C sum = 0;
-            for (; j < n; ++j) sum += static_cast<C>(row[j]) * 0;
-            *bad += sum;
-        }
-    }
-    for (int k = 0; k < count; ++k) top[k].store(best + k * lanes);
-    if (checked) {
-        C lane[lanes];
-        (zero[0] + zero[1]).store(lane);
-        for (int k = 0; k < lanes; ++k) *bad += lane[k];
+        run(tail, j);
     }
 }
 
-// Writes the columns with s_j - price_j >= level in rising order, returns how many.
-template <class T, class C>
-inline int columns_above(const T* row,    // [n]
-                         const C* price,  // [padded(n)] or null
-                         int n, C level,
-                         int32_t* out) {  // [n]
+// The largest r of each group.
+template <bool priced, bool checked, class T, class C>
+inline void group_maxima(const T* row, const C* price, int n,
+                         C* best,         // [kRun]
+                         bool* finite) {  // set to false when the row holds NaN or an infinity
+    constexpr int lanes = Vec<C>::lanes, count = kRun / lanes;
+    Vec<C> top[count], bad[2] = {Vec<C>::all(0), Vec<C>::all(0)};
+    for (int k = 0; k < count; ++k) top[k] = Vec<C>::all(static_cast<C>(-INFINITY));
+    for_reduced<priced, checked>(row, price, n, bad, [&](Vec<C> r, int, int k) { top[k] = vmax(r, top[k]); });
+    for (int k = 0; k < count; ++k) top[k].store(best + k * lanes);
+    // Only NaN is not equal to zero here.
+    if (checked && ge(bad[0] + bad[1], Vec<C>::all(0)) != (uint64_t{1} << lanes) - 1) *finite = false;
+}
+
+// Writes the columns with r >= level, or only those equal to it, in rising order from column `from` to the end of the
+// row, and stops soon after `room` are found; returns how many.
+template <bool equal, bool priced, class T, class C>
+inline int find_columns(const T* row, const C* price, int n, C level, int from, int room,
+                        int32_t* out) {  // [room + kRun]
     constexpr int lanes = Vec<C>::lanes;
     const Vec<C> least = Vec<C>::all(level);
     int found = 0;
@@ -71,23 +66,42 @@ inline int columns_above(const T* row,    // [n]
         uint64_t mask = 0;
         for (int k = 0; k < kRun / lanes; ++k) {
             Vec<C> x = Vec<C>::load(s + k * lanes);
-            if (price != nullptr) x = x - Vec<C>::load(price + j + k * lanes);
-            mask |= ge(x, least) << (k * lanes);
+            if (priced) x = x - Vec<C>::load(price + j + k * lanes);
+            uint64_t hit = ge(x, least);
+            if (equal) hit &= ge(least, x);
+            mask |= hit << (k * lanes);
         }
         return mask;
     };
-    int j = 0;
+    int j = from / kRun * kRun;
+    uint64_t wanted = ~uint64_t{0} << (from - j);
     for (; j + kRun <= n; j += kRun) {
-        for (uint64_t mask = run(row + j, j); mask != 0; mask &= mask - 1) out[found++] = j + __builtin_ctzll(mask);
+        uint64_t mask = run(row + j, j) & wanted;
+        wanted = ~uint64_t{0};
+        for (; mask != 0; mask &= mask - 1) out[found++] = j + __builtin_ctzll(mask);
+        if (found >= room) return found;
     }
     if (j < n) {
         T tail[kRun];
-        memset(tail, 0, sizeof tail);
+        for (int k = 0; k < kRun; ++k) tail[k] = 0;
         memcpy(tail, row + j, static_cast<size_t>(n - j) * sizeof(T));
-        uint64_t mask = run(tail, j) & ((uint64_t{1} << (n - j)) - 1);
+        uint64_t mask = run(tail, j) & wanted & ((uint64_t{1} << (n - j)) - 1);
         for (; mask != 0; mask &= mask - 1) out[found++] = j + __builtin_ctzll(mask);
     }
     return found;
+}
+
+template <bool priced, class T, class C>
+inline int columns_above(const T* row, const C* price, int n, C level, int from, int room, int32_t* out) {
+    return find_columns<false, priced>(row, price, n, level, from, room, out);
+}
+
+// The same for equal columns, at most `room` of them.
+template <bool priced, class T, class C>
+inline int columns_equal(const T* row, const C* price, int n, C level, int from, int room, int32_t* out) {
+    if (room <= 0) return 0;
+    const int found = find_columns<true, priced>(row, price, n, level, from, room, out);
+    return found < room ? found : room;
 }
 
 // One step of a shortest path search over all columns: through row i column j is at level - (s_j - v_j). Lowers `key`
@@ -137,10 +151,10 @@ inline int position_of(double value, const double* x) {
     }
 }
 
-// The k-th largest (from 1) of `groups` maxima, after kRun of them are folded into `groups`.
+// The k-th largest (from 1) of `groups` maxima, after kRun of them are folded into `groups`; *top is the largest.
 template <int groups, class C>
 inline C kth_maximum(C* best,  // [kRun], overwritten
-                     int k) {
+                     int k, C* top) {
     for (int half = kRun / 2; half >= groups; half /= 2) {
         for (int a = 0; a < half; ++a) best[a] = best[a] > best[a + half] ? best[a] : best[a + half];
     }
@@ -150,12 +164,19 @@ inline C kth_maximum(C* best,  // [kRun], overwritten
         const C x = best[b];
         for (int a = 0; a < groups; ++a) above[a] += x > best[a] ? 1 : 0;
     }
-    C least = static_cast<C>(INFINITY);
+    constexpr int lanes = Vec<C>::lanes;
+    C chosen[groups], other[groups];
     for (int a = 0; a < groups; ++a) {
-        const C x = above[a] < k ? best[a] : static_cast<C>(INFINITY);
-        least = x < least ? x : least;
+        chosen[a] = above[a] < k ? best[a] : static_cast<C>(INFINITY);
+        other[a] = -best[a];
     }
-    return least;
+    Vec<C> least = Vec<C>::load(chosen), most = Vec<C>::load(other);
+    for (int a = lanes; a < groups; a += lanes) {
+        least = vmin(Vec<C>::load(chosen + a), least);
+        most = vmin(Vec<C>::load(other + a), most);
+    }
+    *top = -lowest(most);
+    return lowest(least);
 }
 
 }  // namespace

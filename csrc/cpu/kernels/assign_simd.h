@@ -41,6 +41,7 @@ struct Vec<float> {
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
     friend Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
     friend Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
+    friend float lowest(Vec a) { return _mm512_reduce_min_ps(a.x); }
     friend uint64_t ge(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GE_OQ); }
     friend uint64_t gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ); }
 };
@@ -58,6 +59,7 @@ struct Vec<double> {
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.x, b.x)}; }
     friend Vec vmax(Vec a, Vec b) { return {_mm512_max_pd(a.x, b.x)}; }
     friend Vec vmin(Vec a, Vec b) { return {_mm512_min_pd(a.x, b.x)}; }
+    friend double lowest(Vec a) { return _mm512_reduce_min_pd(a.x); }
     friend uint64_t ge(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.x, b.x, _CMP_GE_OQ); }
     friend uint64_t gt(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.x, b.x, _CMP_GT_OQ); }
 };
@@ -139,6 +141,19 @@ struct Vec {
     }
 };
 
+#endif
+
+#if !defined(__AVX512F__)
+// The smallest of a vector's lanes.
+template <class C>
+inline C lowest(Vec<C> a) {
+    C lane[Vec<C>::lanes];
+    a.store(lane);
+    for (int w = Vec<C>::lanes / 2; w >= 1; w /= 2) {
+        for (int k = 0; k < w; ++k) lane[k] = lane[k] < lane[k + w] ? lane[k] : lane[k + w];
+    }
+    return lane[0];
+}
 #endif
 
 // Writes `value` to p[k] where bit k of mask is set, for the lanes of a Vec<double>.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -65,7 +65,7 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
     start = None if duals is None else _checked_duals(duals, batch, n)
     indices = torch.empty(problems * n, dtype=torch.int64)
     out = torch.empty(problems * (2 * n + 2), dtype=torch.float64)
-    solve = backends.pick("assign", matrix.device, backend).module.assign
+    solve = _solver(matrix.device, backend)
     scale = 1.0
     try:
         solve(matrix, start, indices, out)
@@ -87,6 +87,17 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
     if matrix.device.type == "cpu":
         return Assignment(*result)
     return _moved(Assignment(*result), matrix.device)
+
+
+_solvers: dict[tuple[str, str], Callable[[Tensor, Tensor | None, Tensor, Tensor], None]] = {}
+
+
+def _solver(device: torch.device, backend: str) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], None]:
+    """The backend's function, remembered: small problems take less time than finding it."""
+    key = device.type, backend
+    if key not in _solvers:
+        _solvers[key] = backends.pick("assign", device, backend).module.assign
+    return _solvers[key]
 
 
 @overload

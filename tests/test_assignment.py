@@ -38,7 +38,7 @@ def check(similarity: Tensor, result: mf.Assignment, optimal: bool = True) -> No
     assert (u[:, None] + v[None, :] - s).min() >= -4 * FEASIBLE * largest
     gap = float(np.sum(u + v[indices] - taken))
     assert float(result.gap) == pytest.approx(gap, abs=OPTIMUM * n * largest)
-    assert gap <= 1e-6 * np.abs(taken).sum() + OPTIMUM * n * largest
+    assert gap <= OPTIMUM * n * largest
     if optimal:
         rows, columns = linear_sum_assignment(s, maximize=True)
         assert s[rows, columns].sum() - taken.sum() <= OPTIMUM * n * size
@@ -56,6 +56,10 @@ KINDS: dict[str, Maker] = {
     "low rank": lambda r, n: r.standard_normal((n, 2)) @ r.standard_normal((2, n)),
     "dead rows": lambda r, n: r.random((n, n)) * (r.random(n) < 0.6)[:, None],
     "dead rows and columns": lambda r, n: r.random((n, n)) * np.outer(r.random(n) < 0.6, r.random(n) < 0.6),
+    "columns of their own": lambda r, n: r.random((n, n)) + 10 * r.random(n),
+    "columns to scale": lambda r, n: r.random((n, n)) * np.exp(2 * r.standard_normal(n)),
+    "sparse": lambda r, n: (r.random((n, n)) < 3 / max(n, 1)).astype(float),
+    "line": lambda r, n: -np.abs(r.random(n)[:, None] - r.random(n)),
     "equal rows": lambda r, n: np.tile(r.random(n), (n, 1)),
     "scaled": lambda r, n: r.standard_normal((n, n)) * 10.0 ** r.integers(-30, 31),
     "scaled rows": lambda r, n: r.standard_normal((n, n)) * 10.0 ** r.integers(-30, 31, (n, 1)),
@@ -87,7 +91,19 @@ def test_sizes_around_the_runs_of_a_scan(isa: str, kind: str, n: int) -> None:
         check(similarity, mf.assign(similarity))
 
 
-@pytest.mark.parametrize("kind", ["uniform", "low rank", "few values", "dead rows and columns", "product"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "uniform",
+        "low rank",
+        "few values",
+        "dead rows and columns",
+        "product",
+        "columns to scale",
+        "equal rows",
+        "sparse",
+    ],
+)
 @pytest.mark.parametrize("n", [600, 1100])
 def test_larger_problems(kind: str, n: int) -> None:
     similarity = make(kind, n, 0)
@@ -98,6 +114,13 @@ def test_larger_problems(kind: str, n: int) -> None:
 def test_half_precision(isa: str, dtype: torch.dtype) -> None:
     for n in (1, 30, 77):
         similarity = make("normal", n, n).to(dtype)
+        check(similarity, mf.assign(similarity))
+
+
+def test_thresholds_beside_rounded_keys(isa: str) -> None:
+    """A list scanned in float32 may hold keys below its threshold; a path must then look past the list's end."""
+    for seed in (80, 392):
+        similarity = make("line", 80, seed)
         check(similarity, mf.assign(similarity))
 
 

@@ -121,7 +121,7 @@ void Paths<T>::expand(int i) {
     const int count = m_->state(i).count;
     const double level = level_[i];
     for (int k = 0; k < count; ++k) {
-        if (level - e[k].key >= end_) return;
+        if (level - e[k].key >= end_) break;
         MUDSC_STAT(++stat_entries);
         const double s = static_cast<double>(e[k].s), length = level - (s - m_->price(e[k].column));
         if (length < end_) relax(i, e[k].column, s, length);

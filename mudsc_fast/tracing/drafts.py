@@ -143,7 +143,9 @@ class Builder:
         for other, lines in enumerate(self._lines[name]):
             if other == dim or parent not in visible(lines):
                 continue
-            if len(lines) > 1 or lines[0].pick or line.part or self.role(name, dim) != self.role(name, other):
+            alone = all(a is parent or a is None or a.frozen is not None for _, a in lines[0].factors)
+            same = alone or self.role(name, dim) == self.role(name, other)
+            if len(lines) > 1 or lines[0].pick or line.part or not same:
                 return False
             halves = [lines[0], line] if other < dim else [line, lines[0]]
             shift = len(halves[0].factors)

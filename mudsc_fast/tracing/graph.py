@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from mudsc_fast.tracing.table import apply_rule, values_in
 
 _PREFIX = "model"
 _RESHAPES = {"view", "reshape", "unflatten", "_unsafe_view"}
-_FOLLOWED = {"permute", "transpose", "movedim", "contiguous", "clone"}
+_FOLLOWED = {"permute", "transpose", "contiguous", "clone", "squeeze", "unsqueeze"}
 
 
 class _Wrapped(nn.Module):
@@ -91,17 +92,23 @@ def export(
     for name, _ in model.named_modules():
         watch(name)
     try:
-        with _set_up(model):
+        with _set_up(model), warnings.catch_warnings():
+            # Recurrent layers keep a list of their own weights, which export sees change.
+            warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during export")
             program = torch.export.export(wrapped, args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises errors of many kinds, its own and the model's
         raise ValueError(
-            f"trace: torch.export cannot export this model ({type(error).__name__}: {str(error).strip()[:400]}); "
+            f"trace: torch.export cannot export this model ({type(error).__name__}: {_first_line(error)}); "
             "write its spec by hand (docs/tracing.md)"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
     return Exported(program, **found)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -161,11 +168,15 @@ class Walk:
         for name, tensor in self._model.state_dict(keep_vars=True).items():
             if isinstance(tensor, Tensor):
                 by_id[id(tensor)].append(name)
+        live = _live(program.graph_module)
         kept = {name: names for names in by_id.values() for name in names}
+        nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+        specs = [(s, str(getattr(s.arg, "name", "")), str(s.target or "")) for s in program.graph_signature.input_specs]
+        used = {target.removeprefix(_PREFIX + ".") for _, name, target in specs if nodes.get(name) in live}
         for spec in program.graph_signature.input_specs:
             name = str(getattr(spec.arg, "name", ""))
             target = str(spec.target or "").removeprefix(_PREFIX + ".")
-            node = next((n for n in program.graph.nodes if n.op == "placeholder" and n.name == name), None)
+            node = nodes.get(name)
             if node is None:
                 continue
             shapes = _shapes(node.meta.get("val"))
@@ -177,6 +188,8 @@ class Walk:
                 self.values[node] = self.parameters[names[0]]
                 continue
             fixed = _why_fixed(self._model, spec.kind.name, target, name, node.meta["val"], names)
+            if fixed is None and not used & set(names or ()):
+                fixed = "not used in this forward pass"
             value = Value(
                 tuple(fresh(s, fixed) for s in shapes[0]),
                 spec.kind.name == "USER_INPUT",
@@ -190,16 +203,17 @@ class Walk:
 
     def _run(self, module: fx.GraphModule, given: Mapping[fx.Node, Any]) -> Any:
         self.values.update(given)
+        live = _live(module)
         for node in module.graph.nodes:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], self._value)
-            if node.op == "call_function":
+            if node.op == "call_function" and node in live:
                 where = module_path(node)
                 self.state.reason = f"{_short(node)}{f' in {where}' if where else ''}"
                 self.values[node] = self._call(module, node)
                 for value in values_in(self.values[node]):
                     for axes in value.stack[1] if value.stack else (value.axes,):
-                        self.state.record(axes)
+                        self.state.record(axes + value.beside())
             elif node.op == "get_attr" and node not in self.values:
                 self.values[node] = self._attribute(module, node)
         return ()
@@ -265,6 +279,23 @@ def _sizes(value: Value) -> list[int]:
     return [size_of(axis) for axis in value.axes]
 
 
+def _live(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes on which the outputs depend, and all that may write in place."""
+    todo = [n for n in module.graph.nodes if n.op == "output" or _writes(n)]
+    live = set(todo)
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in live]
+        live.update(new)
+        todo += new
+    return live
+
+
+def _writes(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return node.op == "call_function" and node.target is not operator.getitem
+
+
 def _short(node: fx.Node) -> str:
     name = getattr(getattr(node.target, "_schema", None), "name", str(node.target))
     return str(name).removeprefix("aten::")
@@ -327,6 +358,13 @@ def _moved_to(node: fx.Node, dim: int, rank: int) -> int:
         return dim
     if name == "permute":
         return [int(d) % rank for d in node.args[1]].index(dim)  # type: ignore[union-attr, arg-type]
+    if name in ("squeeze", "unsqueeze"):
+        after = len(node.meta["val"].shape)
+        at = node.args[1] if len(node.args) > 1 else None
+        if not isinstance(at, int):
+            return -1
+        at %= max(rank, after)
+        return dim + (at <= dim) if after > rank else dim - (at < dim) if after < rank else dim
     if name == "transpose":
         a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
         return b if dim == a else a if dim == b else dim

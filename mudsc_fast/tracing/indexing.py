@@ -12,7 +12,7 @@ from typing import Any
 
 from mudsc_fast.tracing.layouts import Layout, size_of
 from mudsc_fast.tracing.pointwise import broadcast
-from mudsc_fast.tracing.state import NOWHERE, State, Value
+from mudsc_fast.tracing.state import NOWHERE, State, Tag, Value
 from mudsc_fast.tracing.table import Result, Shapes, rule
 
 
@@ -49,6 +49,8 @@ def topk(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     _plain(state, value)
     dim = args["dim"] % value.dims
     state.mix(value, dim)
+    if value.axes[dim]:
+        state.kinds.append((value.axes[dim], "experts"))
     largest = value.with_axis(dim, state.fixed(shapes[0][dim]))
     return [largest, Value(largest.axes, value.dynamic, index_of=value.axes[dim] or None)]
 
@@ -116,7 +118,9 @@ def _index_axes(state: State, value: Value, indices: list[Value | None], shapes:
         item = indices[d]
         if item is not None:
             _index_into(state, value.axes[d], item)
-    state.mix(value, *places)
+    told = given[0].index_of if len(given) == 1 and given[0].dims == 1 else None
+    if told is None:
+        state.mix(value, *places)
     together = places == list(range(places[0], places[-1] + 1))
     start = places[0] if together else 0
     shape = shapes[0][start : start + wide]
@@ -126,11 +130,12 @@ def _index_axes(state: State, value: Value, indices: list[Value | None], shapes:
     after = [d for d in rest if d not in before]
     axes = (*(value.axes[d] for d in before), *read.axes, *(value.axes[d] for d in after))
     dynamic = value.dynamic or read.dynamic
+    tags = (Tag(told, id(given[0]), start),) if told is not None else ()
     if dynamic and not value.dynamic:
         # Weights picked by tokens: what remains of them still consumes or produces units.
         origins = (*(value.origin(d) for d in before), *[NOWHERE] * wide, *(value.origin(d) for d in after))
-        return Value(axes, True, origins, value.index_of)
-    return Value(axes, dynamic, index_of=value.index_of)
+        return Value(axes, True, origins, value.index_of, tags=tags)
+    return Value(axes, dynamic, index_of=value.index_of, tags=tags)
 
 
 @rule("index_put", "_index_put_impl", index=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mudsc_fast.tracing.drafts import Draft
 from mudsc_fast.tracing.layouts import Atom, leaves
@@ -13,7 +13,7 @@ from mudsc_fast.tracing.state import State
 _NUMBER = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 
 
-def _common(names: Sequence[str]) -> str:
+def _common(names: Iterable[str]) -> str:
     """The module that holds all of these."""
     shared: list[str] = []
     for level in zip(*(name.split(".") for name in names), strict=False):
@@ -23,10 +23,14 @@ def _common(names: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-def _layer(name: str) -> str:
-    """A module's name up to its first number: the layer it stands in."""
-    found = _NUMBER.search(name)
-    return name[: found.end()] if found else ""
+def _layer(name: str, number: int = -1) -> str:
+    """A module's name up to its last number (or another one): the layer it stands in."""
+    ends = [found.end() for found in _NUMBER.finditer(name)]
+    return name[: ends[number]] if ends else ""
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
 
 
 class Namer:
@@ -38,67 +42,79 @@ class Namer:
             for atom in leaves(layout):
                 self._kinds.setdefault(atom, kind)
         self._weight = is_weight
-        self._blocks = Counter(d.key.block for d in drafts if d.key.block is not None and d.key.index is None)
-        self._attentive = {self._home(d) for d in drafts if d.key.inner in self._kinds}
-        self._taken: Counter[str] = Counter()
-        tensors = [axis.tensor for d in drafts for axis in d.axes]
-        layers = {_layer(t) for t in tensors} - {""}
-        self._prefix = _common([layer.rpartition(".")[0].rpartition(".")[0] for layer in layers]) if layers else ""
+        self._shared = Counter(d.key.block for d in drafts if d.key.block is not None and d.key.index is None)
+        self._attentive = {
+            _layer(_common(_module(axis.tensor) for axis in d.axes)) for d in drafts if d.key.inner in self._kinds
+        }
+        self._taken: set[str] = set()
         self._ties: dict[Atom, str] = {}
-
-    def _home(self, draft: Draft) -> str:
-        """The innermost module that holds all tensors of a space."""
-        return _common([axis.tensor.rpartition(".")[0] for axis in draft.axes])
-
-    def _short(self, name: str) -> str:
-        return name.removeprefix(self._prefix + ".") if self._prefix else name
+        layers = {_layer(_module(axis.tensor), 0) for d in drafts for axis in d.axes} - {""}
+        self._prefix = _common(layer.rpartition(".")[0].rpartition(".")[0] for layer in layers) if layers else ""
 
     def name(self, draft: Draft) -> str:
-        """The name of a space."""
-        name = self._short(self._candidate(draft)) or "units"
-        self._taken[name] += 1
-        return name if self._taken[name] == 1 else f"{name}.{self._taken[name]}"
+        """The name of a space: the first good one that is not taken."""
+        names = [name for found in self._candidates(draft) if (name := self._short(found))]
+        names += [f"{name}.{k}" for k in range(2, len(self._taken) + 3) for name in names[:1] or ["units"]]
+        name = next(name for name in names if name not in self._taken)
+        self._taken.add(name)
+        return name
 
     def tie(self, draft: Draft) -> str | None:
         """The name of the block permutation that a space shares with others; None if it shares none."""
         block = draft.key.block
-        if block is None or self._blocks[block] < 2 or draft.key.index is not None:
+        if block is None or self._shared[block] < 2 or draft.key.index is not None:
             return None
         if block not in self._ties:
-            layer = self._within(draft)
-            name = f"{layer}.heads" if layer else "heads"
-            known = set(self._ties.values())
-            self._ties[block] = name if name not in known else f"{name}.{len(known)}"
+            home = _common(_module(axis.tensor) for axis in draft.axes)
+            where, kind = self._short(_layer(home) or home), self._kinds.get(block, "blocks")
+            names = [f"{where}.{kind}{more}".lstrip(".") for more in ("", *(f".{k}" for k in range(2, 999)))]
+            self._ties[block] = next(name for name in names if name not in self._ties.values())
         return self._ties[block]
 
-    def _within(self, draft: Draft) -> str:
-        home = self._home(draft)
-        return self._short(_layer(home) or home)
+    def _short(self, name: str) -> str:
+        """A name without what all layers' names begin with."""
+        if not self._prefix:
+            return name
+        if f"{self._prefix}.".startswith(f"{name}."):
+            return ""
+        return name.removeprefix(f"{self._prefix}.")
 
-    def _candidate(self, draft: Draft) -> str:
-        key, home = draft.key, self._home(draft)
-        layer = _layer(home)
-        if key.block is not None:
-            where = layer or home
-            kind = self._kinds.get(key.inner, "") if key.inner is not None else "heads"
-            if key.inner is not None and not kind:
-                kind = "q" if self._blocks[key.block] > 1 else ""
-            suffix = "" if key.index is None else f".{key.index}"
-            if kind:
-                return f"{where}.{kind}{suffix}" if where else f"{kind}{suffix}"
-            return (home if home != layer else self._maker(draft)) + suffix
-        if key.inner in self._kinds:
-            return f"{layer or home}.{self._kinds[key.inner]}"
-        makers = {a.tensor for a in draft.axes if a.role == "out" and self._weight(a.tensor)}
-        spread = {_layer(t) for t in {a.tensor for a in draft.axes}}
-        if len(makers) > 1 and len(spread) > 1:
-            return f"{home}.residual" if home else "residual"
-        if home and home != layer and not home.rpartition(".")[2].isdigit() and len(draft.axes) > 1:
-            return home
-        return self._maker(draft)
-
-    def _maker(self, draft: Draft) -> str:
-        """The layer that makes the units."""
+    def _candidates(self, draft: Draft) -> Iterator[str]:
+        """Names for a space, the best first, whole."""
+        modules = [_module(axis.tensor) for axis in draft.axes]
+        home = _common(modules)
         made = [a.tensor for a in draft.axes if a.role == "out"] or [a.tensor for a in draft.axes]
         weights = [t for t in made if self._weight(t)] or made
-        return _common([t.rpartition(".")[0] for t in weights]) or weights[0].rpartition(".")[0] or weights[0]
+        makers = _common(_module(t) for t in weights)
+        end = "" if draft.key.index is None else f".{draft.key.index}"
+        part = self._part(draft)
+        if part:
+            for where in (_layer(home), home):
+                yield self._join(where, part + end)
+        elif len({_layer(m) for m in modules}) > 1 and len(set(weights)) > 1:
+            yield self._join(makers, "residual")
+            yield self._join(home, "residual")
+        elif home != _layer(home):
+            yield home + end
+        elif home and home in self._attentive:
+            yield f"{home}.mlp{end}"
+        yield (makers or _module(weights[0]) or weights[0]) + end
+        yield _module(weights[0]) + end
+
+    def _join(self, where: str, part: str) -> str:
+        where = self._short(where)
+        # The prefix is put back: every candidate is shortened once more.
+        return f"{where}.{part}" if where else part
+
+    def _part(self, draft: Draft) -> str:
+        """What the units are in attention, where it is known: qk, v, heads, q (the query heads of a group)."""
+        key = draft.key
+        kind = self._kinds.get(key.inner, "") if key.inner is not None else ""
+        if key.block is None:
+            return kind
+        block = self._kinds.get(key.block, "")
+        if key.inner is None:
+            return block
+        if block == "heads" and not kind.startswith("qk") and kind != "v" and self._shared[key.block] > 1:
+            return "q"
+        return kind

@@ -155,7 +155,7 @@ def prelu(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
 )
 def filled(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     """Constants that are the same everywhere may be reordered at will."""
-    return Value(tuple(fresh(s) for s in shapes[0]), dynamic=False)
+    return Value(tuple(fresh(s) for s in shapes[0]), dynamic=False, uniform=True)
 
 
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "hann_window", "logspace")

@@ -125,6 +125,7 @@ def attention(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     batch = [(d, d) for d in range(q.dims - 2)]
     state.contract(q, k, [(q.dims - 1, k.dims - 1)], batch)
     state.kinds += [(q.axes[-1], "qk"), (v.axes[-1], "v")]
+    state.kinds += [(k.axes[-3], "heads")] if k.dims > 2 else []
     weights = Value((*q.axes[:-1], k.axes[-2]))
     if mask is not None:
         broadcast(state, [weights, mask], [size_of(axis) for axis in weights.axes])
@@ -225,11 +226,11 @@ def recurrence(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
         state.record((x.axes[batch], below))
         units.append(unit)
     output = replace(x, axes=(*x.axes[:-1], _joined(units[-directions:])))
-    last = [Value(tuple(state.fixed(s) for s in shape)) for shape in shapes[1:]]
-    for value in (*states, *last):
-        for unit in units if value.dims else ():
+    for value in states:
+        for unit in () if value.uniform and not state.written else units:
             state.unify(value.axes[-1], unit)  # one axis for all layers: their units cannot move apart
-    return [output, *last]
+    pieces = tuple((state.fixed(len(units)), x.axes[batch], unit) for unit in units)
+    return [output, *(Value(pieces[0], stack=(0, pieces)) for _ in shapes[1:])]
 
 
 def _joined(units: list[Layout]) -> Layout:

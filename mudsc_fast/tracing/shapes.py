@@ -60,8 +60,6 @@ def reshaped(state: State, value: Value, shape: Sequence[int]) -> Value:
     "_unsafe_view",
     "flatten",
     "unflatten",
-    "squeeze",
-    "unsqueeze",
     "view_as",
     "reshape_as",
     "_reshape_alias",
@@ -74,6 +72,23 @@ def shape_only(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     if "dtype" in args and "size" not in args:
         return value
     return reshaped(state, value, shapes[0])
+
+
+@rule("squeeze", "unsqueeze", stack=True, index=True)
+def ones(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
+    """Dims of size 1 that come or go."""
+    value: Value = args["self"]
+    if value.stack is None or not isinstance(args.get("dim"), int):
+        return reshaped(state, state.collapse(value), shapes[0])
+    along, pieces = value.stack
+    dim = args["dim"] % max(value.dims, len(shapes[0]))
+    if len(shapes[0]) > value.dims:
+        pieces = tuple((*axes[:dim], (), *axes[dim:]) for axes in pieces)
+        along += dim <= along
+    elif len(shapes[0]) < value.dims:
+        pieces = tuple((*axes[:dim], *axes[dim + 1 :]) for axes in pieces)
+        along -= dim < along
+    return Value(pieces[0], value.dynamic, stack=(along, pieces))
 
 
 def stacked(state: State, value: Value, shape: Sequence[int], dim: int) -> Value:
@@ -298,7 +313,7 @@ def pad(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
             value = value.with_axis(dim, state.fixed(shapes[0][dim]))
         else:
             value = value.with_axis(dim, concatenate([fresh(before), value.axes[dim], fresh(after)]))
-    return replace(value, origins=())
+    return replace(value, origins=(), uniform=False)
 
 
 @rule("roll", "flip", "fliplr", "rot90", index=True)

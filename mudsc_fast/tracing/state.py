@@ -21,6 +21,19 @@ class Origin(NamedTuple):
 
 Origins = frozenset[Origin]
 NOWHERE: Origins = frozenset()
+_RECENT = 4  # products of activations before a softmax that may have made its scores
+
+
+class Tag(NamedTuple):
+    """Each position along a dim stands for an index of a layout (a token for its expert).
+
+    What moves inside each index of the layout moves, on this value, inside each position. key: the integers that say
+    which; only values told by the same ones fit together.
+    """
+
+    layout: Layout
+    key: int
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,8 @@ class Value:
     axes: the layout of each dim. dynamic: it depends on the model's inputs. origins: the parameter dims that each axis
     comes from, for values made of parameters alone. index_of: the layout that its integers are indices into. stack:
     (dim, axes of each index along it): the axes differ along a dim that will be taken apart, such as the 3 of a fused
-    qkv. opaque: nothing is known, not even its shape.
+    qkv. opaque: nothing is known, not even its shape. uniform: the same number everywhere. tags: see Tag; carried on
+    by apply_rule.
     """
 
     axes: Axes
@@ -39,6 +53,8 @@ class Value:
     index_of: Layout | None = None
     stack: tuple[int, tuple[Axes, ...]] | None = None
     opaque: bool = False
+    uniform: bool = False
+    tags: tuple[Tag, ...] = ()
 
     @property
     def dims(self) -> int:
@@ -48,6 +64,11 @@ class Value:
     def origin(self, dim: int) -> Origins:
         """The parameter dims that an axis comes from."""
         return self.origins[dim] if self.origins else NOWHERE
+
+    def beside(self, gone: Iterable[int] = ()) -> Axes:
+        """The layouts of its tags, but for those on these dims: they count as axes of the value."""
+        less = set(gone)
+        return tuple(tag.layout for tag in self.tags if tag.dim not in less)
 
     def pick(self, dims: Iterable[int], **changes: Any) -> Value:
         """The value with these of its axes, in this order."""
@@ -69,7 +90,8 @@ class State:
     """Facts gathered along the graph.
 
     tensors: the axes of every value, and of every hidden intermediate that an operation has (the sums of a softmax,
-    say): whatever permutation is applied has to act on each of them. roles: how each parameter dim is used.
+    say): whatever permutation is applied has to act on each of them. written: some value was changed in place.
+    roles: how each parameter dim is used.
     kinds: what a layout is in attention, for names. reason: the operation in hand, for what it freezes.
     """
 
@@ -78,8 +100,9 @@ class State:
         self.tensors: list[Axes] = []
         self.roles: dict[Origin, set[str]] = defaultdict(set)
         self.kinds: list[tuple[Layout, str]] = []
-        self._products: dict[Layout, Layout] = {}
-        self._weights: set[Layout] = set()
+        self.written = False
+        self._products: list[tuple[Layout, Layout, Layout]] = []
+        self._weights: list[Layout] = []
 
     def freeze(self, *layouts: Layout) -> None:
         """Freeze layouts because of the operation in hand."""
@@ -109,7 +132,7 @@ class State:
     def mix(self, value: Value, *dims: int) -> None:
         """Note that an operation mixes what lies along these dims: inside it, there is a tensor without them."""
         gone = {d % value.dims for d in dims}
-        self.record(tuple(axis for d, axis in enumerate(value.axes) if d not in gone))
+        self.record(tuple(axis for d, axis in enumerate(value.axes) if d not in gone) + value.beside(gone))
 
     def collapse(self, value: Value) -> Value:
         """A value whose axes no longer differ along its stack."""
@@ -124,15 +147,17 @@ class State:
     def name_product(self, a: Value, b: Value) -> None:
         """Note a product of activations: scores, if a softmax follows, or the reading of values after one."""
         if not any(a.origins) and not any(b.origins):
-            if resolve(a.axes[-1]) in self._weights:
+            if any(resolve(axis) == resolve(a.axes[-1]) for axis in self._weights[-_RECENT:]):
                 self.kinds.append((b.axes[-1], "v"))
-            self._products[resolve(b.axes[-1])] = a.axes[-1]
+            heads = b.axes[-3] if b.dims > 2 else ()
+            self._products.append((b.axes[-1], a.axes[-1], heads))
 
     def name_softmax(self, layout: Layout) -> None:
         """Note a softmax: the last product on this axis made scores of queries and keys."""
-        if resolve(layout) in self._products:
-            self.kinds.append((self._products[resolve(layout)], "qk"))
-            self._weights.add(resolve(layout))
+        for axis, dims, heads in self._products[-_RECENT:]:
+            if resolve(axis) == resolve(layout):
+                self.kinds += [(dims, "qk"), (heads, "heads")]
+                self._weights.append(layout)
 
     def read_by(self, value: Value, dims: Sequence[int]) -> None:
         """Note that the parameter dims behind these axes are summed over: they consume units."""
@@ -151,6 +176,11 @@ class State:
         if b.dynamic:
             self.read_by(a, of_a)
         shared = {j for i, j in [*pairs, *batch] if a.axes[i]}
-        self.record(a.axes + tuple(axis for j, axis in enumerate(b.axes) if j not in shared))
+        tags = {(tag.layout, tag.key) for tag in a.tags + b.tags}
+        self.record(
+            a.axes
+            + tuple(axis for j, axis in enumerate(b.axes) if j not in shared)
+            + tuple(layout for layout, _ in tags)
+        )
         self.mix(a, *of_a)
         self.mix(b, *of_b)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mudsc_fast.tracing.state import NOWHERE, OPAQUE, State, Value
+from mudsc_fast.tracing.layouts import Layout
+from mudsc_fast.tracing.state import NOWHERE, OPAQUE, State, Tag, Value
 
 Shapes = list[tuple[int, ...]]
 Result = Value | Sequence[Value | None] | None
@@ -87,15 +88,61 @@ def apply_rule(
             state.freeze_value(value)
         return OPAQUE if shapes is None else frozen_result(state, shapes)
     result = found(state, {key: _prepare(state, name, value) for key, value in named.items()}, shapes)
-    if not any(v.dynamic for v in values) or name == "index":  # weights picked by tokens keep their origins
-        return result
-    return _as_dynamic(result)
+    state.written |= op._schema.is_mutable
+    if any(v.dynamic for v in values) and name != "index":  # weights picked by tokens keep their origins
+        result = _as_dynamic(result)
+    return _tagged(name, torch.Tag.pointwise in op.tags, values, named, result)
 
 
 def _as_dynamic(result: Result) -> Result:
     if isinstance(result, Value):
         return result if result.dynamic and not result.origins else _dynamic(result)
     return [_dynamic(v) if isinstance(v, Value) else v for v in result] if result is not None else None
+
+
+_SIDE_BY_SIDE = {"to", "clone", "contiguous", "dropout", "softmax", "chunk", "split", "split_with_sizes", "_to_copy"}
+
+
+def _tagged(name: str, pointwise: bool, values: Sequence[Value], args: Mapping[str, Any], result: Result) -> Result:
+    """The results with the tags of the arguments, where an operation keeps each position of the tagged dim in place.
+
+    Nothing more than a freedom is lost where they are dropped.
+    """
+    if name == "index" or not any(v.tags for v in values):
+        return result
+    kept: dict[tuple[Layout, int], set[int]] = {}
+    for value in values:
+        for tag in value.tags:
+            kept.setdefault((tag.layout, tag.key), set()).add(_from_end(name, pointwise, value, tag.dim, args))
+
+    def tagged(item: Value | None) -> Value | None:
+        if item is None:
+            return None
+        places = {key: next(iter(ends)) for key, ends in kept.items() if len(ends) == 1}
+        tags = tuple(Tag(*key, item.dims - end) for key, end in places.items() if 0 < end <= item.dims)
+        return replace(item, tags=tags)
+
+    return tagged(result) if isinstance(result, Value) or result is None else [tagged(item) for item in result]
+
+
+def _from_end(name: str, pointwise: bool, value: Value, dim: int, args: Mapping[str, Any]) -> int:
+    """Where a tagged dim of an argument lies in the results, counted from their end; 0 if it is lost."""
+    end = value.dims - dim
+    along = args.get("dim")
+    if pointwise or name in _SIDE_BY_SIDE:
+        return 0 if isinstance(along, int) and along % value.dims == dim else end
+    if name == "squeeze" and isinstance(along, int):
+        return end - int(along % value.dims > dim)
+    if name == "unsqueeze":
+        return end + int(args["dim"] % (value.dims + 1) > dim)
+    if name in ("bmm", "matmul"):
+        return end if end > 2 else 0
+    if name == "permute":
+        return value.dims - [d % value.dims for d in args["dims"]].index(dim)
+    if name == "transpose" and isinstance(args.get("dim0"), int):
+        a, b = args["dim0"] % value.dims, args["dim1"] % value.dims
+        return value.dims - (b if dim == a else a if dim == b else dim)
+    return 0
 
 
 def _dynamic(value: Value) -> Value:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import trace_models
 
+from mudsc_fast import law
+from mudsc_fast.matching import match
 from mudsc_fast.spec import PermutationSpec
 
 pytest.importorskip("transformers")
@@ -39,3 +41,24 @@ def test_law(name: str) -> None:
     changes = spec.verify_each(model.double(), inputs, seed=2)
     worst = max(changes, key=changes.__getitem__)
     assert changes[worst] < (SINGLE if IN_SINGLE.search(name) else EXACT), (worst, changes[worst])
+
+
+@pytest.mark.parametrize("name", ["Llama (GQA)", "Mixtral", "GPT-2", "T5", "DenseNet", "LSTM"])
+def test_a_permuted_copy_is_matched_and_merged(name: str) -> None:
+    """Traced specs serve the whole pipeline: a model and its permuted copy merge into the same function."""
+    torch.manual_seed(0)
+    model, inputs = trace_models.ALL[name]()
+    trace_models.randomised(model)
+    spec = PermutationSpec.trace(model, (), inputs)
+    state = {key: t.detach().clone() for key, t in model.state_dict().items()}
+    copy = spec.permute(state, spec.random_permutation(5))
+    with torch.no_grad():
+        before = [t.clone() for t in law._floats(law.primary(model(**inputs)))]
+    for method in ("align", "zip"):
+        merged = match([state, copy], spec, method=method, balance=1.0, progress=False, seed=1).merge([state, copy])
+        if method == "align":
+            assert all(torch.allclose(merged[key].float(), state[key].float(), atol=1e-5) for key in state)
+        with torch.no_grad():
+            after = torch.func.functional_call(model, merged, (), inputs, tie_weights=False)
+        for a, b in zip(before, law._floats(law.primary(after)), strict=True):
+            assert torch.allclose(a, b, atol=1e-3 * float(a.abs().max())), method

@@ -233,6 +233,7 @@ PLAIN: dict[str, Callable[[], Made]] = {
     "DenseNet": lambda: plain(m.conv_net(m.Dense(10, 4), m.Dense(14, 4), m.Dense(18, 4), width=10, last=22)),
     "ShuffleNet": lambda: plain(m.conv_net(m.Shuffle(12, 3), m.Shuffle(12, 3), width=12, last=12)),
     "ResNet (padded shortcut)": lambda: plain(m.conv_net(m.Padded(8), m.Padded(16), width=8, last=32)),
+    "Autoencoder": lambda: (m.Autoencoder(), {"x": pixels()}),
     "MLP-Mixer": lambda: (m.Mixer(), {"x": pixels()}),
     "nn.TransformerEncoder": lambda: plain(m.Encoder(), "x"),
     "nn.TransformerEncoder (pre-norm)": lambda: plain(m.Encoder(True), "x"),

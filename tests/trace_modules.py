@@ -142,3 +142,15 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(self.embed(x))[0])
+
+
+class Autoencoder(nn.Module):
+    """Convolutions down, transposed ones up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2 = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1)
+        self.up1, self.up2 = nn.ConvTranspose2d(12, 6, 2, 2), nn.ConvTranspose2d(6, 3, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up2(F.relu(self.up1(F.relu(self.down2(F.relu(self.down1(x)))))))

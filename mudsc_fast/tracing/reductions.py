@@ -70,7 +70,7 @@ def _is_place(args: Mapping[str, Any]) -> bool:
     return "keepdim" in args
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "normalize", "softmin")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax")
 def softmax(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     """Each position over a sum along the dim."""
     value: Value = args.get("self", args.get("input"))

@@ -47,15 +47,15 @@ TEXT: dict[str, Callable[[], Made]] = {
     "Gemma 3": lambda: text("Gemma3Text", "Gemma3ForCausalLM", head_dim=8, num_key_value_heads=2),
     "OLMo2": lambda: decoder("Olmo2"),
     "Phi-3": lambda: decoder("Phi3"),
-    "Mixtral": lambda: decoder("Mixtral", num_local_experts=3, experts_implementation="batched_mm"),
+    "Mixtral": lambda: decoder("Mixtral", num_local_experts=3),
     "Qwen3-MoE": lambda: decoder(
         "Qwen3Moe",
         head_dim=8,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=12,
-        experts_implementation="batched_mm",
         decoder_sparse_step=1,
+        experts_implementation="batched_mm",
     ),
     "GPT-2": lambda: text("GPT2", "GPT2LMHeadModel"),
     "GPT-NeoX": lambda: text("GPTNeoX", "GPTNeoXForCausalLM"),
@@ -259,6 +259,13 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def widened(name: str, model: nn.Module, inputs: dict[str, Any]) -> Made:
+    """In float64, but for Mixtral, whose default product of experts knows only float32."""
+    if name == "Mixtral":
+        return model, inputs
+    return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
 def moved_share(spec: PermutationSpec, model: nn.Module) -> float:
     """Of all axes of more than one position, weighted by the sizes of their tensors: the share that a space moves."""
     moved = {(a.tensor, d) for s in spec for a in s.axes for d in dims_of(a)}
@@ -282,8 +289,7 @@ def main() -> None:
         spec = PermutationSpec.trace(randomised(model), (), inputs)
         table[name] = described(spec)
         share = moved_share(spec, model)
-        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        error = spec.verify(model.double(), inputs, seed=2)
+        error = spec.verify(*widened(name, model, inputs), seed=2)
         shown = [s for s in table[name] if not re.search(r"(^|\.)(?!0\.)[1-9]\d*\.", s)]
         sys.stdout.write(f"| {name} | {len(spec)} | {', '.join(shown[:9])} | {share:.0%} | {error:.0e} |\n")
     rows = [f"  {json.dumps(name)}: {json.dumps(spaces)}" for name, spaces in table.items()]

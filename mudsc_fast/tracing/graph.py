@@ -49,24 +49,26 @@ class Exported:
     ports: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
 
+# Settings of Hugging Face configs while a model is exported: no cache among the outputs, and experts as plain products
+# of weights picked by token. Their default sorts tokens by expert, in which the expert axis cannot be followed.
+_SETTINGS = {"use_cache": False, "_experts_implementation": "batched_mm"}
+
+
 @contextmanager
 def _set_up(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no cache among the outputs, no grad; all as before afterwards."""
+    """Eval mode, settings under which a graph can be read, no grad; all as before afterwards."""
     modes = {m: m.training for m in model.modules()}
-    configs: list[Any] = []
-    for m in model.modules():
-        config = getattr(m, "config", None)
-        if getattr(config, "use_cache", None) is True and not any(config is c for c in configs):
-            configs.append(config)
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(c, k, getattr(c, k)) for c in configs.values() for k in _SETTINGS if getattr(c, k, None) is not None]
     model.eval()
-    for config in configs:
-        config.use_cache = False
     try:
+        for config, key, _ in before:
+            setattr(config, key, _SETTINGS[key])
         with torch.no_grad():
             yield
     finally:
-        for config in configs:
-            config.use_cache = True
+        for config, key, value in before:
+            setattr(config, key, value)
         for module, training in modes.items():
             module.training = training
 

@@ -72,20 +72,6 @@ def addmm(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     return broadcast(state, [product, bias], shapes[0])
 
 
-@rule("_grouped_mm")
-def grouped_mm(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
-    """Rows of a (tokens, in), each with its expert's b[expert] (experts, in, out): which rows is said by offsets."""
-    a, b = args["self"], args["mat2"]
-    if b.dims != 3 or a.dims != 2:
-        state.freeze_value(a)
-        state.freeze_value(b)
-        return Value(tuple(state.fixed(s) for s in shapes[0]))
-    state.freeze(a.axes[0], b.axes[0])
-    state.mix(a, 0)
-    state.contract(a, b, [(1, 1)], [])
-    return Value((a.axes[0], b.axes[2]))
-
-
 @rule("einsum")
 def einsum(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     """Two operands at most, letters only, each once an operand; else frozen."""

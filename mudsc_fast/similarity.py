@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,14 +243,14 @@ def _labelled(term: Term, tensor: Tensor, name: str) -> list[Labelled]:
 
 
 def _share_merged_widths(row: list[Table], t: int) -> None:
-    """A merged unit that one model lacks is still a column of it: the widths of a labelled axis become their maximum."""
+    """A merged unit that one model lacks is still a column of it: the widths of an axis become the largest."""
     if not any(labelled for _, _, labelled in row):
         return
     sizes: dict[tuple[int, ...], int] = {}
     for _, _, labelled in row:
         for dims, _, size, _ in labelled:
             sizes[dims] = max(size, sizes.get(dims, 0))
-    for tensor, rows, labelled in row:
+    for _, _, labelled in row:
         own = {axes[0]: axes for axes in labelled}
         if own.keys() != sizes.keys():
             raise ValueError(

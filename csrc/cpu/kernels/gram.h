@@ -324,22 +324,30 @@ void gram_block(const GramOperand<T>& p, const GramOperand<T>& q, int64_t depth,
     block_product<C, T>(depth, p.values[i], q.values[j], at, ldc, rows, columns, diagonal, padded);
 }
 
-// C += P^T Q over samples [0, depth). A task is 4 x 8 blocks. Its four row panels of 512 floats a unit (400 KiB) and
-// the column panel at work (100 KiB) stay in a 1 MiB L2; a column panel is read once for all four. Returns false when
-// `poll` asked to stop.
+// C += P^T Q over samples [0, depth). A task is 4 x 8 blocks: its four row panels of 512 floats a unit (400 KiB) and
+// the column panel at work (100 KiB) stay in a 1 MiB L2, and a column panel is read once for all four. Where that
+// leaves too few tasks to share, they are halved. Returns false when `poll` asked to stop.
 template <typename T, typename C>
 bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const GramOperand<T>& q, const GramTarget<C>& c,
                   const Poll* poll = nullptr) {
-    constexpr int64_t kTaskRows = 4, kTaskColumns = 8;
     const int64_t row_blocks = ceil_div(c.rows, kPanel), column_blocks = ceil_div(c.columns, kPanel);
-    const int64_t down = ceil_div(row_blocks, kTaskRows), across = ceil_div(column_blocks, kTaskColumns);
     if (row_blocks == 0 || column_blocks == 0 || depth == 0) return true;
     // Below about 50 microseconds of work a second thread costs more than it brings.
     if (c.rows * c.columns * depth < (int64_t{1} << 22)) threads = 1;
+    int64_t task_rows = 4, task_columns = 8;
+    const int64_t blocks = row_blocks * column_blocks / (c.symmetric ? 2 : 1);
+    while (threads > 1 && task_columns > 1 && blocks < 16 * threads * task_rows * task_columns) {
+        if (task_columns > task_rows || task_rows == 1) {
+            task_columns /= 2;
+        } else {
+            task_rows /= 2;
+        }
+    }
+    const int64_t down = ceil_div(row_blocks, task_rows), across = ceil_div(column_blocks, task_columns);
     bool stopped = false;
     parallel_each(threads, down * across, [&](int64_t task, int worker) {
-        const int64_t i0 = task / across * kTaskRows, j0 = task % across * kTaskColumns;
-        const int64_t i1 = min64(i0 + kTaskRows, row_blocks), j1 = min64(j0 + kTaskColumns, column_blocks);
+        const int64_t i0 = task / across * task_rows, j0 = task % across * task_columns;
+        const int64_t i1 = min64(i0 + task_rows, row_blocks), j1 = min64(j0 + task_columns, column_blocks);
         if (c.symmetric && j1 <= i0) return;
         if (worker == 0 && poll != nullptr && (*poll)()) __atomic_store_n(&stopped, true, __ATOMIC_RELAXED);
         if (__atomic_load_n(&stopped, __ATOMIC_RELAXED)) return;

@@ -73,7 +73,7 @@ def line(result: Result) -> str:
     """One row as text: time, ratio to each contender, target, share of the ceiling, extra memory."""
     verdict = {True: "ok  ", False: "LOW ", None: "    "}[result.met]
     parts = [f"{verdict} {result.op:10s} {result.case:44s} {result.size:>6d} x{result.threads}"]
-    parts.append(f"{_seconds(result.seconds[OURS]):>9s} ±{100 * result.spread[OURS]:.0f}%")
+    parts.append(f"{as_time(result.seconds[OURS]):>9s} ±{100 * result.spread[OURS]:.0f}%")
     if result.at_most is not None:
         parts.append(f"target <= {result.at_most:g} s")
     elif result.target is not None and result.measured is not None:
@@ -87,7 +87,7 @@ def line(result: Result) -> str:
     return "  ".join(parts)
 
 
-def _seconds(value: float) -> str:
+def as_time(value: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"

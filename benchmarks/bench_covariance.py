@@ -2,94 +2,120 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import mudsc_fast as mf
+from mudsc_fast import _core
 
+from . import second_core
 from .harness import OURS, Contender, Row
 from .peers import official_covariance, openblas_ssyrk
 
 MODELS = 2
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+ADDMM, SSYRK, MM16, OFFICIAL, PLAIN = "torch addmm", "OpenBLAS ssyrk", "torch bf16 mm", "official update", "plain batch"
+TARGETS = {ADDMM: 2.3, SSYRK: 1.1, MM16: 1.8, OFFICIAL: 4.0}
+# What is left of the plain batch's speed, at least. Batches of one row pay Python's price for a call on each.
+NO_CLIFF = {"odd width": 0.8, "channel-first": 0.8, "channels-last": 0.8, "transposed": 0.8, 1: 0.35, 7: 0.75, 33: 0.85}
 
 
-def _row(width: int, samples: int, dtype: torch.dtype, threads: int = 1, kind: str = "rows", batch: int = 0) -> Row:
+def _features(kind: str, units: int, samples: int, dtype: torch.dtype, seed: int) -> tuple[list[Tensor], int]:
+    """One tensor a model, and the unit axis."""
+    generator = torch.Generator().manual_seed(seed)
+    if "channel" in kind:
+        made = [torch.randn(samples // 144, units, 12, 12, generator=generator).to(dtype) for _ in range(MODELS)]
+        if kind == "channels-last":
+            made = [x.contiguous(memory_format=torch.channels_last) for x in made]
+        return made, 1
+    made = [torch.randn(samples, units, generator=generator).to(dtype) for _ in range(MODELS)]
+    return ([x.T.contiguous().T for x in made] if kind == "transposed" else made), -1
+
+
+def _updates(features: list[Tensor], dim: int, batch: int = 0, isa: str | None = None) -> Callable[[], mf.Covariance]:
+    """Adds the features to a running covariance, at once or in batches of rows, on one instruction set."""
+    covariance = mf.Covariance(features[0].shape[dim], len(features))
+    batches = [list(part) for part in zip(*(x.split(batch or len(x)) for x in features), strict=True)]
+
+    def run() -> mf.Covariance:
+        _core.use_isa(isa)
+        for part in batches:
+            covariance.update(part, dim)
+        _core.use_isa(None)
+        return covariance
+
+    return run
+
+
+def prepared(width: int, samples: int, dtype: str) -> Callable[[], mf.Covariance]:
+    """One plain update, for the second core's processes."""
+    return _updates(*_features("rows", width // MODELS, samples, getattr(torch, dtype), width))
+
+
+def _row(
+    width: int,
+    samples: int,
+    dtype: torch.dtype,
+    against: str,
+    kind: str = "rows",
+    batch: int = 0,
+    isa: str | None = None,
+    target: float | None = None,
+) -> Row:
     """``width`` counts the units of all models together. Every contender adds the same batch to a running sum."""
     units = width // MODELS
     held: dict[str, Any] = {}
 
-    def make() -> list[Tensor]:
-        generator = torch.Generator().manual_seed(width)
-        if kind == "channel-first":
-            side = math.isqrt(samples // 32)
-            return [torch.randn(32, units, side, side, generator=generator).to(dtype) for _ in range(MODELS)]
-        return [torch.randn(samples, units, generator=generator).to(dtype) for _ in range(MODELS)]
-
-    def stacked(features: list[Tensor]) -> Tensor:
-        flat = [x.movedim(1, -1).reshape(-1, units) if x.dim() == 4 else x for x in features]
-        return torch.cat(flat, dim=1)
-
     def contenders() -> list[Contender]:
-        features = make()
-        dim = 1 if kind == "channel-first" else -1
-        together = stacked(features)
+        features, dim = _features(kind, units, samples, dtype, width)
+        held["features"], held["dim"] = features, dim
+        found = [Contender(OURS, _updates(features, dim, batch, isa))]
+        if against == PLAIN:
+            plain = _features("rows", units - units % 16, samples, dtype, width)
+            return [*found, Contender(PLAIN, _updates(*plain))]
+        together = torch.cat([x.movedim(dim, -1).reshape(-1, units) for x in features], dim=1)
         want = together.double().T @ together.double()
         held["want"], held["scale"] = want, want.diagonal().clamp(min=1e-30).sqrt()
-        held["features"], held["dim"] = features, dim
-        cov = mf.Covariance(units, MODELS)
-        pieces = [x.split(batch) for x in features] if batch else None
-
-        def ours() -> mf.Covariance:
-            if pieces is None:
-                cov.update(features, dim=dim)
-            else:
-                for part in zip(*pieces, strict=True):
-                    cov.update(list(part))
-            return cov
-
-        total = torch.zeros(width, width, dtype=torch.float32)
-        found = [Contender(OURS, ours)]
         if dtype == torch.float32:
-            found.append(Contender("torch addmm", lambda: total.addmm_(together.T, together)))
+            total = torch.zeros(width, width)
+            found.append(Contender(ADDMM, lambda: total.addmm_(together.T, together)))
             found.append(openblas_ssyrk(together))
         else:
-            found.append(Contender("torch bf16 mm", lambda: together.T @ together))
-        found.append(Contender("official update", official_covariance(features, dim)))
-        return found
+            found.append(Contender(MM16, lambda: together.T @ together))
+        found.append(Contender(OFFICIAL, official_covariance(features, dim)))
+        return [c for c in found if c.name in (OURS, against) or against in (ADDMM, MM16)]
 
     def error(name: str, result: Any) -> float:
         """Largest error of a correlation-like entry."""
+        if name == PLAIN:
+            return 0.0
         if name == OURS:
-            fresh = mf.Covariance(units, MODELS)
-            fresh.update(held["features"], dim=held["dim"])
+            fresh = _updates(held["features"], held["dim"], batch, isa)()
             reference = mf.reference.Covariance(units, MODELS)
             reference.update(held["features"], dim=held["dim"])
             return float((fresh.correlation().double() - reference.correlation()).abs().max())
         got = torch.as_tensor(result).double()
-        got = torch.maximum(got.triu().abs(), got.tril().T.abs()) if name == "OpenBLAS ssyrk" else got.triu().abs()
+        got = torch.maximum(got.triu().abs(), got.tril().T.abs()) if name == SSYRK else got.triu().abs()
         want = held["want"].triu().abs()
         return float(((got - want) / (held["scale"][:, None] * held["scale"])).abs().max())
 
-    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
-    case = f"{name} {kind}" + (f" in batches of {batch}" if batch else "")
     bf16 = dtype == torch.bfloat16
+    case = f"{NAMES[dtype]} {kind}" + (f" in batches of {batch}" if batch else "") + (f", {isa}" if isa else "")
     return Row(
         "covariance",
-        case,
+        case + (f", against {against}" if against in (SSYRK, OFFICIAL) else ""),
         width,
         contenders,
         error,
         # bf16 products of torch are rounded to bf16; ours and float32 ones are not.
         1e-2 if bf16 else 2e-5,
-        target=1.8 if bf16 else 2.3,
-        against="torch bf16 mm" if bf16 else "torch addmm",
+        target=TARGETS.get(against) if target is None else target,
+        against=against,
         work=2.0 * width * width * samples / 2,
         unit="flop bf16" if bf16 else "flop",
-        threads=threads,
         rounds=5,
         note="work counts one triangle",
     )
@@ -97,15 +123,26 @@ def _row(width: int, samples: int, dtype: torch.dtype, threads: int = 1, kind: s
 
 def rows(quick: bool) -> Iterator[Row]:
     """The rows of the suite."""
-    widths = (1024, 2048) if quick else (1024, 2048, 4096, 8192)
-    for width in widths:
+    for width in (1024, 2048) if quick else (1024, 2048, 4096, 8192):
         samples = 4096 if width <= 2048 else 2048
-        yield _row(width, samples, torch.float32)
-        yield _row(width, samples, torch.bfloat16)
-    yield _row(1022, 4096, torch.float32)
-    yield _row(1024, 4608, torch.float32, kind="channel-first")
-    if not quick:
-        yield _row(1022, 4096, torch.bfloat16)
-        yield _row(1024, 4608, torch.bfloat16, kind="channel-first")
+        yield _row(width, samples, torch.float32, ADDMM)
+        yield _row(width, samples, torch.bfloat16, MM16)
+        if not quick:
+            yield _row(width, samples, torch.float32, SSYRK)
+            yield _row(width, samples, torch.bfloat16, OFFICIAL)
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        yield _row(1022, 4608, dtype, PLAIN, "odd width", target=NO_CLIFF["odd width"])
+        yield _row(1024, 4608, dtype, PLAIN, "channel-first", target=NO_CLIFF["channel-first"])
+        if quick:
+            continue
+        for kind in ("channels-last", "transposed"):
+            yield _row(1024, 4608, dtype, PLAIN, kind, target=NO_CLIFF[kind])
         for batch in (1, 7, 33):
-            yield _row(1024, 1056, torch.float32, batch=batch)
+            yield _row(1024, 1056, dtype, PLAIN, batch=batch, target=NO_CLIFF[batch])
+    if quick:
+        return
+    usable = _core.build_info()["isas_usable"]
+    for isa in usable[:-1]:
+        yield _row(1024, 2048, torch.float32, ADDMM, isa=isa, target=0.0)
+    for dtype in ("float32", "bfloat16"):
+        yield second_core.row("covariance", f"{dtype} rows", 2048, prepared, (2048, 2048, dtype))

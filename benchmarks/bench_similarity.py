@@ -2,60 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import mudsc_fast as mf
 
+from . import second_core
 from .harness import OURS, Contender, Row
 from .peers import official_similarity
 
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+OFFICIAL = "official algorithm"
 
-def _row(width: int, columns: int, dtype: torch.dtype, target: float | None, threads: int = 1) -> Row:
+
+def _layer(width: int, columns: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Two models' tensors of a hidden layer, the one that makes its units and the one that reads them; its features."""
+    generator = torch.Generator().manual_seed(width)
+    half = columns // 2
+    out = [torch.randn(width, half, generator=generator).to(dtype) for _ in range(2)]
+    read = [torch.randn(columns - half, width, generator=generator).to(dtype) for _ in range(2)]
+    return out, read, [torch.randn(512, width, generator=generator) for _ in range(2)]
+
+
+def _labels(kind: str, size: int) -> list[Tensor]:
+    """Labels of a neighbour: model 0's own order and another's, or a zip's."""
+    generator = torch.Generator().manual_seed(size)
+    if kind == "zip":
+        return [torch.randint(0, size, (size,), generator=generator) for _ in range(2)]
+    return [torch.arange(size), torch.randperm(size, generator=generator)]
+
+
+def prepared(width: int, columns: int) -> Callable[[], Tensor]:
+    """One call, for the second core's processes."""
+    out, read, features = _layer(width, columns, torch.float32)
+    activation = mf.Covariance(width, scope="cross")
+    activation.update(features)
+    terms: list[list[Tensor | mf.Term]] = [list(out), [mf.Term(x, 1) for x in read]]
+    return lambda: mf.dual_similarity(terms, activation, 0.5)
+
+
+def _row(width: int, columns: int, dtype: torch.dtype, kind: str = "") -> Row:
+    """``kind`` "permutation" or "zip": the neighbours are labelled, which the official code gets in order already."""
     held: dict[str, Tensor] = {}
 
     def contenders() -> list[Contender]:
-        generator = torch.Generator().manual_seed(width)
-        half = columns // 2
-        # Two tensors of a hidden layer: the one that produces its units, and the one that reads them.
-        out = [torch.randn(width, half, generator=generator).to(dtype) for _ in range(2)]
-        read = [torch.randn(columns - half, width, generator=generator).to(dtype) for _ in range(2)]
+        out, read, features = _layer(width, columns, dtype)
         activation = mf.Covariance(width, scope="cross")
-        activation.update([torch.randn(512, width, generator=generator) for _ in range(2)])
-        recorded = mf.Covariance(width, scope="full")
-        recorded.update([torch.randn(512, width, generator=torch.Generator().manual_seed(1)) for _ in range(2)])
+        activation.update(features)
+        terms: list[list[Any]] = [list(out), [mf.Term(x, 1) for x in read]]
+        if kind:
+            out_labels, read_labels = _labels(kind, out[0].shape[1]), _labels(kind, read[0].shape[0])
+            terms = [
+                [mf.Term(x, 0, {1: i}) for x, i in zip(out, out_labels, strict=True)],
+                [mf.Term(x, 1, {0: i}) for x, i in zip(read, read_labels, strict=True)],
+            ]
+            size = max(int(i.max()) + 1 for i in out_labels)
+            out = [mf.regroup(x.float(), i, 1, size) for x, i in zip(out, out_labels, strict=True)]
+            size = max(int(i.max()) + 1 for i in read_labels)
+            read = [mf.regroup(x.float(), i, 0, size) for x, i in zip(read, read_labels, strict=True)]
+        seen = activation.correlation()[0]
         full_activation = torch.eye(2 * width)
-        full_activation[:width, width:] = activation.correlation()[0]
-        full_activation[width:, :width] = activation.correlation()[0].T
-        terms: list[list[Tensor | mf.Term]] = [list(out), [mf.Term(x, 1) for x in read]]
+        full_activation[:width, width:], full_activation[width:, :width] = seen, seen.T
         weights = [torch.cat([a.double(), b.double().T], dim=1) for a, b in zip(out, read, strict=True)]
         weights = [w - w.mean(1, keepdim=True) for w in weights]
         weights = [w / w.norm(dim=1, keepdim=True) for w in weights]
-        held["want"] = 0.5 * (weights[0] @ weights[1].T) + 0.5 * activation.correlation()[0].double()
+        held["want"] = 0.5 * (weights[0] @ weights[1].T) + 0.5 * seen.double()
         return [
             Contender(OURS, lambda: mf.dual_similarity(terms, activation, 0.5)),
-            Contender("official algorithm", lambda: official_similarity(out, read, full_activation, 0.5)),
+            Contender(OFFICIAL, lambda: official_similarity(out, read, full_activation, 0.5)),
         ]
 
     def error(name: str, result: Tensor) -> float:
         got = result[0] if name == OURS else result[:width, width:]
         return float((got.double() - held["want"]).abs().max())
 
-    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
     return Row(
         "similarity",
-        f"dual, align scope, {columns} columns, {name}",
+        f"dual, align scope, {columns // width} columns a unit, {NAMES[dtype]}" + (f", {kind}" if kind else ""),
         width,
         contenders,
         error,
         2e-5,
-        target=target,
-        against="official algorithm",
+        target=4.0,
+        against=OFFICIAL,
         work=2.0 * width * width * columns,
         unit="flop",
-        threads=threads,
         rounds=5,
     )
 
@@ -63,5 +97,10 @@ def _row(width: int, columns: int, dtype: torch.dtype, target: float | None, thr
 def rows(quick: bool) -> Iterator[Row]:
     """The rows of the suite."""
     for width in (512, 1024) if quick else (512, 1024, 2048, 4096):
-        yield _row(width, 2 * width, torch.float32, 4.0)
-    yield _row(1024, 2048, torch.bfloat16, 4.0)
+        yield _row(width, 2 * width, torch.float32)
+    yield _row(1024, 2048, torch.bfloat16)
+    yield _row(1024, 2048, torch.float32, "permutation")
+    if not quick:
+        yield _row(1024, 2048, torch.float32, "zip")
+        yield _row(1024, 9216, torch.float32)
+        yield second_core.row("similarity", "dual, align scope", 1024, prepared, (1024, 2048))

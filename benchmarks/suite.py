@@ -45,7 +45,7 @@ def run(
         "machine": _machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["mudsc-fast", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "seconds": time.time() - start,
         "quick": quick,

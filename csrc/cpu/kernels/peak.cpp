@@ -13,6 +13,16 @@ namespace {
 
 constexpr int kChains = 12;
 
+// A chain each, by name: an array would live in memory. X(c) is repeated once a chain.
+#define MUDSC_CHAINS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+
+// Makes the compiler keep a chain in a register, and its steps apart.
+#if defined(__x86_64__)
+#define MUDSC_KEEP(value) asm volatile("" : "+x"(value))
+#else
+#define MUDSC_KEEP(value) asm volatile("" : "+w"(value))
+#endif
+
 #if defined(__AVX512F__)
 typedef float Wide __attribute__((vector_size(64)));
 #elif defined(__AVX2__)
@@ -25,17 +35,21 @@ typedef float Wide __attribute__((vector_size(16)));
 
 double peak_f32(int64_t iterations, float* sink);
 double peak_f32(int64_t iterations, float* sink) {
-    Wide sum[kChains] = {};
-    const Wide by = Wide{} + 1.0f - 1e-7f * sink[0], add = Wide{} + 1e-9f;
+    const Wide by = Wide{} + (1.0f - 1e-7f * sink[0]), add = Wide{} + 1e-9f;
+#define X(c) Wide sum##c = {};
+    MUDSC_CHAINS(X)
+#undef X
     for (int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 12
-        for (int c = 0; c < kChains; ++c) {
-            sum[c] = sum[c] * by + add;
-            asm volatile("" : "+x"(sum[c]));
-        }
+#define X(c)                    \
+    sum##c = sum##c * by + add; \
+    MUDSC_KEEP(sum##c);
+        MUDSC_CHAINS(X)
+#undef X
     }
     Wide all{};
-    for (int c = 0; c < kChains; ++c) all += sum[c];
+#define X(c) all += sum##c;
+    MUDSC_CHAINS(X)
+#undef X
     sink[0] = all[0];
     return 2.0 * kChains * (sizeof(Wide) / sizeof(float)) * static_cast<double>(iterations);
 }
@@ -43,18 +57,21 @@ double peak_f32(int64_t iterations, float* sink) {
 double peak_bf16(int64_t iterations, float* sink);
 double peak_bf16(int64_t iterations, float* sink) {
 #if defined(__AVX512BF16__)
-    __m512 sum[kChains];
-    for (int c = 0; c < kChains; ++c) sum[c] = _mm512_setzero_ps();
     const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(float_to_bits(sink[0])));
+#define X(c) __m512 sum##c = _mm512_setzero_ps();
+    MUDSC_CHAINS(X)
+#undef X
     for (int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 12
-        for (int c = 0; c < kChains; ++c) {
-            sum[c] = _mm512_dpbf16_ps(sum[c], x, x);
-            asm volatile("" : "+v"(sum[c]));
-        }
+#define X(c)                                 \
+    sum##c = _mm512_dpbf16_ps(sum##c, x, x); \
+    MUDSC_KEEP(sum##c);
+        MUDSC_CHAINS(X)
+#undef X
     }
-    __m512 all = sum[0];
-    for (int c = 1; c < kChains; ++c) all = _mm512_add_ps(all, sum[c]);
+    __m512 all = _mm512_setzero_ps();
+#define X(c) all = _mm512_add_ps(all, sum##c);
+    MUDSC_CHAINS(X)
+#undef X
     sink[0] = _mm512_cvtss_f32(all);
     return 4.0 * kChains * 16.0 * static_cast<double>(iterations);
 #else

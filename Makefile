@@ -11,6 +11,8 @@ REUSE  ?= auto
 WERROR ?= OFF
 CUDA   ?= AUTO
 ARGS   ?=
+# Processes that run the whole suite side by side; one core each.
+WORKERS ?= auto
 
 PY      := $(VENV)/bin/python
 STAMPS  := $(VENV)/stamps
@@ -57,7 +59,7 @@ demo: $(PACKAGE) $(STAMPS)/with-demo
 
 # Coverage is asked for only of the whole suite: a part of it covers a part of the package.
 test: $(PACKAGE) $(STAMPS)/with-test
-	$(PY) -m pytest $(if $(ARGS),$(ARGS),--cov=mudsc_fast --cov-report=term --cov-fail-under=$(MINIMUM_COVERAGE))
+	$(PY) -m pytest $(if $(ARGS),$(ARGS),-n $(WORKERS) --dist worksteal --cov=mudsc_fast --cov-report=term --cov-fail-under=$(MINIMUM_COVERAGE))
 
 lint: $(STAMPS)/with-dev
 	$(PY) -m ruff check .

@@ -21,6 +21,8 @@ _EXPORTS = {
     "plan": ("MergePlan",),
     "batchnorm": ("reset_batchnorm",),
     "merging": ("merge_models",),
+    "experts": ("Experts",),
+    "expert_merging": ("ExpertMatch", "align_experts", "merge_experts"),
     "build": ("build_config",),
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -26,8 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),
     (
-        "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "hooks", "matching", "merging",
-        "plan", "progress", "records", "rematch", "weights",
+        "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "expert_merging", "experts",
+        "hooks", "matching", "merging", "plan", "progress", "records", "rematch", "weights",
     ),
     ("__main__", "adapters", "checking", "cli", "evaluation"),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mudsc_fast.axes import split_dim
+from mudsc_fast.layout import split_dim
 
 # (gate,) up, down by the names that checkpoints give them.
 _SEPARATE = (

@@ -17,6 +17,7 @@ import click
 from mudsc_fast.cli.benchmarking import bench
 from mudsc_fast.cli.calibrating import calibrate
 from mudsc_fast.cli.inspecting import check, info, spec
+from mudsc_fast.cli.landscapes import landscape
 from mudsc_fast.cli.merging import align, merge
 from mudsc_fast.cli.options import CONTEXT, Settings
 
@@ -74,7 +75,7 @@ def cli(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-for _command in (merge, align, calibrate, spec, check, bench, info):
+for _command in (merge, align, calibrate, spec, check, bench, landscape, info):
     cli.add_command(_command)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mudsc_fast.cli import huggingface
 
@@ -38,9 +39,17 @@ def call_factory(model_path: str) -> nn.Module:
     """What the function at MODULE:FACTORY returns; ValueError, naming --model, if that is no network."""
     from torch import nn
 
-    module_name, _, function_name = model_path.partition(":")
+    model = find_function(model_path, "--model")()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: expected {model_path!r} to return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def find_function(path: str, option: str) -> Callable[..., Any]:
+    """The function at MODULE:FUNCTION, from the current folder or the Python path; ValueError names the option."""
+    module_name, _, function_name = path.partition(":")
     if not module_name or not function_name:
-        raise ValueError(f"--model: expected MODULE:FACTORY such as net:build, got {model_path!r}")
+        raise ValueError(f"{option}: expected MODULE:FUNCTION such as net:build, got {path!r}")
     # Like `python -m`: a console script starts without the current folder on the path.
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -48,14 +57,11 @@ def call_factory(model_path: str) -> nn.Module:
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"--model: cannot import {module_name!r}: {error}") from error
+        raise ValueError(f"{option}: cannot import {module_name!r}: {error}") from error
     for part in function_name.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"--model: {module_name!r} has no {function_name!r}")
+            raise ValueError(f"{option}: {module_name!r} has no {function_name!r}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"--model: {model_path!r} is no function")
-    model = found()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model: expected {model_path!r} to return a torch.nn.Module, got {type(model).__name__}")
-    return model
+        raise ValueError(f"{option}: {path!r} is no function")
+    return cast("Callable[..., Any]", found)

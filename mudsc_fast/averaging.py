@@ -56,11 +56,17 @@ def align_tensors(
     weights = Weights([state_dict], spec)
     for name in weights.names:
         x = weights.raw(0, name)
-        maps = axis_labels(spec, name, x.shape, labels) if name in weights.in_spec else []
-        aligned = x
-        for axis in maps:
-            aligned = _regrouped(aligned, axis, axis.labels)
+        aligned = align_tensor(spec, labels, name, x)
         yield name, aligned.clone() if aligned is x else aligned
+
+
+def align_tensor(spec: PermutationSpec, labels: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """The tensor `name` of one model, aligned by its (width,) labels; `x` itself where they change nothing."""
+    if name not in spec.entries:
+        return x
+    for axis in axis_labels(spec, name, x.shape, labels):
+        x = _regrouped(x, axis, axis.labels)
+    return x
 
 
 def _regrouped(x: Tensor, axis: AxisMap, labels: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import language_models
 import pytest
 import torch
 from networks import MLP
@@ -61,11 +63,25 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
         assert set(namespace["merged"]) == set(states[0])
 
 
+def _for_mergekit(document: Path, folder: Path) -> None:
+    """The configuration that the document shows, as config.yml, and tiny models of the names in it."""
+    configs = [text for text in _blocks(document, "yaml") if "merge_method" in text]
+    if not configs:
+        return
+    (folder / "config.yml").write_text(configs[0])
+    model = language_models.network("Llama", 0)
+    for seed, name in enumerate(sorted(set(re.findall(r": \./(\w+)$", configs[0], re.MULTILINE)))):
+        language_models.save(model, language_models.tuned(model, seed), folder / name)
+
+
 @pytest.mark.parametrize("document", _documents_with("mudsc-fast"), ids=_id)
 def test_commands_run(document: Path, tmp_path: Path) -> None:
     for name, model in zip("ab", _models(), strict=True):
         save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    _for_mergekit(document, tmp_path)
     for words in _commands(document):
+        if words[:2] == ["mudsc-fast", "mergekit"] and importlib.util.find_spec("mergekit") is None:
+            continue
         if words[0] == "mudsc-fast":
             done = subprocess.run(
                 [sys.executable, "-m", "mudsc_fast", *words[1:]],

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "expert_merging", "experts",
         "hooks", "matching", "merging", "plan", "progress", "records", "rematch", "weights",
     ),
-    ("__main__", "adapters", "checking", "cli", "evaluation"),
+    ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

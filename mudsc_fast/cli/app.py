@@ -18,6 +18,7 @@ from mudsc_fast.cli.benchmarking import bench
 from mudsc_fast.cli.calibrating import calibrate
 from mudsc_fast.cli.inspecting import check, info, spec
 from mudsc_fast.cli.landscapes import landscape
+from mudsc_fast.cli.mergekit import mergekit
 from mudsc_fast.cli.merging import align, merge
 from mudsc_fast.cli.options import CONTEXT, Settings
 
@@ -75,7 +76,7 @@ def cli(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-for _command in (merge, align, calibrate, spec, check, bench, landscape, info):
+for _command in (merge, align, mergekit, calibrate, spec, check, bench, landscape, info):
     cli.add_command(_command)
 
 

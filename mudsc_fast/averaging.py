@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,35 +29,94 @@ def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
     return shares
 
 
+class Piece(NamedTuple):
+    """Some rows of a result: those of dim 0 from `start` on; `whole` says that there are no others."""
+
+    name: str
+    start: int
+    tensor: Tensor
+    whole: bool
+
+
 def merge_tensors(
     spec: PermutationSpec,
     labels: Mapping[str, Tensor],
     widths: Mapping[str, int],
     state_dicts: Sequence[Mapping[str, Tensor]],
     shares: Sequence[float],
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, merged tensor) in model 0's order; arguments as checked by `MergePlan.merge_tensors`."""
+    """(name, merged tensor) in model 0's order, of all names or those in `only`.
+
+    Arguments as checked by `MergePlan.merge_tensors`.
+    """
+    for piece in merge_pieces(spec, labels, widths, state_dicts, shares, None, only):
+        yield piece.name, piece.tensor
+
+
+def merge_pieces(
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    shares: Sequence[float],
+    limit: int | None = None,
+    only: Container[str] | None = None,
+) -> Iterator[Piece]:
+    """The same in pieces: tensors of more than `limit` bytes some rows at a time, where the spec allows it."""
     weights = Weights(state_dicts, spec, whole=True)
     for name in weights.names:
-        first = weights.raw(0, name)
-        if name in weights.in_spec:
-            maps = axis_labels(spec, name, first.shape, labels, widths)
-            yield name, _merge_one(weights, name, maps, shares)
-        elif first.is_floating_point():
-            yield name, _average(weights, name, shares)
-        else:
-            yield name, first.clone()
+        if only is not None and name not in only:
+            continue
+        shape, dtype = weights.info(0, name)
+        for m in range(1, weights.models):
+            weights.info(m, name)
+        maps = axis_labels(spec, name, shape, labels, widths) if name in weights.in_spec else []
+        scale = _out_scale(maps, shares, len(shape))
+        for start, rows, here in _slabs(maps, shape, dtype, limit):
+            read = _Reader(weights, name, rows)
+            if name in weights.in_spec:
+                part = None if scale is None or rows is None else _rows_of(scale, start, rows.height)
+                merged = _merge_one(read, here, shares, scale if rows is None else part)
+            elif dtype.is_floating_point:
+                merged = _average(read, shares)
+            else:
+                merged = read.raw(0).clone()
+            yield Piece(name, start, merged, rows is None)
 
 
 def align_tensors(
-    spec: PermutationSpec, labels: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor],
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, aligned tensor) in the state dict's order, by one model's (width,) labels."""
+    """(name, aligned tensor) in the state dict's order, by one model's (width,) labels; `only` as in `merge_tensors`."""
+    for piece in align_pieces(spec, labels, state_dict, None, only):
+        yield piece.name, piece.tensor
+
+
+def align_pieces(
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor],
+    limit: int | None = None,
+    only: Container[str] | None = None,
+) -> Iterator[Piece]:
+    """The same in pieces, as `merge_pieces`."""
     weights = Weights([state_dict], spec)
     for name in weights.names:
-        x = weights.raw(0, name)
-        aligned = align_tensor(spec, labels, name, x)
-        yield name, aligned.clone() if aligned is x else aligned
+        if only is not None and name not in only:
+            continue
+        shape, dtype = weights.info(0, name)
+        maps = axis_labels(spec, name, shape, labels) if name in weights.in_spec else []
+        maps = [AxisMap(a.dims, a.labels[None], a.sizes, a.role) for a in maps]
+        for start, rows, here in _slabs(maps, shape, dtype, limit):
+            x = _Reader(weights, name, rows).raw(0)
+            aligned = x
+            for axis in here:
+                aligned = _regrouped(aligned, axis, axis.of(0))
+            yield Piece(name, start, aligned.clone() if aligned is x else aligned, rows is None)
 
 
 def align_tensor(spec: PermutationSpec, labels: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -69,7 +128,90 @@ def align_tensor(spec: PermutationSpec, labels: Mapping[str, Tensor], name: str,
     return x
 
 
-def _regrouped(x: Tensor, axis: AxisMap, labels: Tensor) -> Tensor:
+class _Rows(NamedTuple):
+    """Some merged rows, how many, and what each model reads for them."""
+
+    height: int
+    read: Sequence[slice | Tensor]
+
+
+class _SlabMap(NamedTuple):
+    """The axis map of dim 0 for some merged rows: each model's rows have labels of their own."""
+
+    dims: tuple[int, ...]
+    each: Sequence[Tensor]
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.sizes[0]
+
+    def of(self, m: int) -> Tensor:
+        return self.each[m]
+
+
+_Map = AxisMap | _SlabMap
+
+
+def _slabs(
+    maps: Sequence[AxisMap], shape: Sequence[int], dtype: torch.dtype, limit: int | None
+) -> Iterator[tuple[int, _Rows | None, list[_Map]]]:
+    """(first merged row, rows or None for all, maps to use) of each slab of a tensor."""
+    models = max((axis.labels.shape[0] for axis in maps), default=0)
+    first = next((axis for axis in maps if 0 in axis.dims), None)
+    size = math.prod(shape) * dtype.itemsize
+    count = shape[0] if first is None and shape else 1 if first is None or len(first.dims) > 1 else first.size
+    step = max(1, count * limit // size) if limit is not None and size > 0 else count
+    if step >= count:
+        yield 0, None, list(maps)
+        return
+    orders = [] if first is None else [torch.argsort(row, stable=True) for row in first.labels]
+    ends = [] if first is None else [torch.bincount(row, minlength=count).cumsum(0) for row in first.labels]
+    others: list[_Map] = [axis for axis in maps if axis is not first]
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        if first is None:
+            # Models that no map counts read the same rows.
+            yield start, _Rows(stop - start, [slice(start, stop)] * max(models, 1)), others
+            continue
+        read: list[slice | Tensor] = []
+        for order, end in zip(orders, ends, strict=True):
+            read.append(order[int(end[start - 1]) if start else 0 : int(end[stop - 1])].sort().values)
+        each = [row[r] - start for row, r in zip(first.labels, read, strict=True)]
+        yield start, _Rows(stop - start, read), [_SlabMap((0,), each, (stop - start,)), *others]
+
+
+class _Reader:
+    """One tensor of every model, or some rows of it."""
+
+    def __init__(self, weights: Weights, name: str, rows: _Rows | None) -> None:
+        self.weights, self.name, self.rows, self.models = weights, name, rows, weights.models
+        self.dtype = weights.info(0, name)[1]
+
+    def raw(self, m: int) -> Tensor:
+        if self.rows is None:
+            return self.weights.raw(m, self.name)
+        read = self.rows.read
+        return self.weights.rows(m, self.name, read[m] if m < len(read) else read[0])
+
+    def floating(self, m: int) -> Tensor:
+        if self.rows is None:
+            return self.weights.floating(m, self.name)
+        x = self.raw(m)
+        self.weights.require_floating(x, m, self.name)
+        return x
+
+    def require_finite(self) -> None:
+        for m in range(self.models):
+            self.weights.require_finite(self.floating(m), m, self.name)
+
+
+def _rows_of(scale: Tensor, start: int, count: int) -> Tensor:
+    """The rows of a factor that may have one row for all."""
+    return scale if scale.dim() == 0 or scale.shape[0] == 1 else scale[start : start + count]
+
+
+def _regrouped(x: Tensor, axis: _Map, labels: Tensor) -> Tensor:
     """`x` with one group of dims in merged coordinates; `x` itself where the labels change nothing."""
     if axis.size == labels.numel() and torch.equal(labels, torch.arange(axis.size)):
         return x
@@ -83,39 +225,38 @@ def _regrouped(x: Tensor, axis: AxisMap, labels: Tensor) -> Tensor:
     return merged.reshape(*flat.shape[:first], *axis.sizes, *flat.shape[first + 1 :]).movedim(places, axis.dims)
 
 
-def _merge_one(weights: Weights, name: str, maps: Sequence[AxisMap], shares: Sequence[float]) -> Tensor:
+def _merge_one(read: _Reader, maps: Sequence[_Map], shares: Sequence[float], scale: Tensor | None) -> Tensor:
     def expressed(m: int) -> Tensor:
-        x = _working(weights.floating(m, name))
+        x = _working(read.floating(m))
         for axis in maps:
-            x = _regrouped(x, axis, axis.labels[m])
+            x = _regrouped(x, axis, axis.of(m))
         return x
 
-    first = weights.floating(0, name)
-    merged = _mean(expressed, shares, first.device)
-    scale = _out_scale(maps, shares, merged.ndim)
+    device = None if shares[0] > 0 else read.floating(0).device
+    merged = _mean(expressed, shares, device)
     if scale is not None:
         merged *= scale.to(merged)
     if not is_finite(merged):
-        for m in range(weights.models):
-            weights.finite(m, name)
-    return merged.to(first.dtype)
+        read.require_finite()
+    return merged.to(read.dtype)
 
 
-def _average(weights: Weights, name: str, shares: Sequence[float]) -> Tensor:
-    first = weights.raw(0, name)
-    others = [weights.floating(m, name) for m in range(1, weights.models)]
+def _average(read: _Reader, shares: Sequence[float]) -> Tensor:
+    first = read.raw(0)
     # Masks hold -inf, and a mean by differences would make NaN of it.
-    if all(torch.equal(first, x.to(first)) for x in others):
+    if all(torch.equal(first, read.floating(m).to(first)) for m in range(1, read.models)):
         return first.clone()
-    return _mean(lambda m: _working(weights.floating(m, name)), shares, first.device).to(first.dtype)
+    dtype, device = first.dtype, first.device
+    del first
+    return _mean(lambda m: _working(read.floating(m)), shares, device).to(dtype)
 
 
 def _working(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def _mean(tensor_of: Callable[[int], Tensor], shares: Sequence[float], device: torch.device) -> Tensor:
-    """The mean of the models' tensors by share, in memory of its own.
+def _mean(tensor_of: Callable[[int], Tensor], shares: Sequence[float], device: torch.device | None) -> Tensor:
+    """The mean of the models' tensors by share, in memory of its own; device None: where the first of them is.
 
     By differences (`lerp`), so that equal tensors give back their own bits whatever the shares.
     """
@@ -124,7 +265,9 @@ def _mean(tensor_of: Callable[[int], Tensor], shares: Sequence[float], device: t
     for m, share in enumerate(shares):
         if share == 0:
             continue
-        x = tensor_of(m).to(device)
+        x = tensor_of(m)
+        device = x.device if device is None else device
+        x = x.to(device)
         total += share
         mean = x.clone() if mean is None else mean.lerp_(x.to(mean.dtype), share / total)
     if mean is None:

@@ -42,6 +42,10 @@ class AxisMap:
         """The number of merged positions."""
         return prod(self.sizes)
 
+    def of(self, model: int) -> Tensor:
+        """(positions,) labels of one model, where there are several."""
+        return self.labels[model]
+
 
 class _Moved(NamedTuple):
     """Merged coordinate (broadcastable to the factors) and merged size of each factor."""

@@ -21,10 +21,13 @@ from mudsc_fast.arguments import (
     two_or_more,
 )
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.journal import Journal, digest
 from mudsc_fast.plan import METHODS, MergePlan
 from mudsc_fast.progress import Bar, Progress, bar, wanted
+from mudsc_fast.records import PathLike
 from mudsc_fast.rematch import Match, Matcher
 from mudsc_fast.weights import Weights
+from mudsc_fast.workplan import TensorShape, plan_work
 
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Space
@@ -49,6 +52,8 @@ def match(
     start: MergePlan | None = None,
     progress: Progress = True,
     device: torch.device | str | None = None,
+    max_memory: int | None = None,
+    journal: PathLike | None = None,
 ) -> MergePlan:
     """Find the labels of every space: which units of the models belong together.
 
@@ -68,6 +73,10 @@ def match(
         balance 0 has no sweeps and does not use it.
     progress: True draws a bar on a terminal, "always" also elsewhere, False never.
     device: where weights are compared; None: where the statistics are, or else the tensors.
+    max_memory: bytes that the process may hold on the CPU. Spaces whose tensors do not fit are compared one tensor at a
+        time, with the same similarities up to rounding; ValueError, which names the minimum, if that is too much.
+    journal: a folder in which every visit is recorded; a match with the same arguments and tensors that was interrupted
+        goes on from there, to the same result. The tensors are not looked at for that: the caller answers for them.
 
     Returns a MergePlan whose history holds L of every sweep run. Sweeps that cannot change anything are not run, so the
     history may be shorter than the plain algorithm's, which only repeats its last L. A space that was never matched (no
@@ -102,7 +111,19 @@ def match(
     if where is None and activations:
         where = next(iter(activations.values())).mean.device
     matcher = Matcher(spec, models, method, weights, activations or {}, balance, widths, attenuation, budget, where)
-    descent = _Descent(matcher)
+    if max_memory is not None:
+        layout = {} if weights is None else {n: TensorShape(*weights.info(0, n)) for n in weights.in_spec}
+        matcher.work = plan_work(spec, layout, models, method, max_memory, balance, merging=False)
+    record = None
+    if journal is not None:
+        asked = {"method": method, "balance": balance, "widths": widths, "attenuation": attenuation, "budget": budget}
+        limits = {"seed": seed, "max_sweeps": max_sweeps, "patience": patience, "models": models}
+        ways = {} if matcher.work is None else {step.spaces[0]: step.way for step in matcher.work.steps}
+        given = {"spec": digest(spec.to_json()), "activations": sorted(activations or ()), "start": start is not None}
+        record = Journal(journal, {**asked, **limits, **given}, ways)
+        if matcher.work is not None:
+            matcher.work = matcher.work.with_ways(record.ways)
+    descent = _Descent(matcher, record)
     if start is not None and balance > 0:
         descent.current = {name: Match(labels, start.values.get(name, 0.0)) for name, labels in start.labels.items()}
     elif activations:
@@ -121,8 +142,9 @@ def match(
 class _Descent:
     """The current matches, and how they change from visit to visit."""
 
-    def __init__(self, matcher: Matcher) -> None:
+    def __init__(self, matcher: Matcher, journal: Journal | None = None) -> None:
         self.matcher = matcher
+        self.journal = journal
         self.current: dict[str, Match] = {}
         spaces = matcher.spec.spaces
         self._tie_of = {
@@ -144,7 +166,7 @@ class _Descent:
                 if space.name in done or space.name not in matcher.activations:
                     continue
                 tie = [s for s in self._tie_of[space.name] if s.name in matcher.activations]
-                for member, found in zip(tie, matcher.rematch(tie, {}, balance=0.0), strict=True):
+                for member, found in zip(tie, self._rematch(tie, {}, 0.0), strict=True):
                     self.current[member.name] = found
                     done.add(member.name)
                     steps.advance()
@@ -189,11 +211,19 @@ class _Descent:
         if state in seen:
             seen.move_to_end(state)
             return seen[state]
-        found = self.matcher.rematch(tie, self.current)
+        found = self._rematch(tie, self.current, None)
         seen[state] = found
         if len(seen) > _REMEMBERED:
             seen.popitem(last=False)
         return found
+
+    def _rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None) -> list[Match]:
+        if self.journal is None:
+            return self.matcher.rematch(tie, current, balance)
+        names = [space.name for space in tie]
+        return self.journal.visit(
+            names, self.matcher.duals, lambda: self.matcher.rematch(tie, current, balance), make=Match
+        )
 
     def _digest(self, name: str) -> bytes | None:
         """A short name of a space's current labels; None while it is unmatched."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mudsc_fast.averaging import align_tensors, check_weights, merge_tensors
+from mudsc_fast.averaging import Piece, align_pieces, check_weights, merge_pieces
 from mudsc_fast.records import PathLike, read_record, write_record
 from mudsc_fast.spec import PermutationSpec
 
@@ -89,14 +89,30 @@ class MergePlan:
         return dict(self.merge_tensors(state_dicts, weights))
 
     def merge_tensors(
-        self, state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None
+        self,
+        state_dicts: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float] | None = None,
+        only: Container[str] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """(name, merged tensor) in model 0's order; only one name's tensors are held at a time."""
+        """(name, merged tensor) in model 0's order, of all names or those in `only`; one name's are held at a time."""
+        return ((piece.name, piece.tensor) for piece in self.merge_pieces(state_dicts, weights, None, only))
+
+    def merge_pieces(
+        self,
+        state_dicts: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float] | None = None,
+        limit: int | None = None,
+        only: Container[str] | None = None,
+    ) -> Iterator[Piece]:
+        """The same as `Piece`s (name, first row, tensor, whether whole), large tensors some rows at a time.
+
+        limit: bytes of one model's rows that are merged at once; None: tensors whole.
+        """
         state_dicts = list(state_dicts)
         if len(state_dicts) != self.models:
             raise ValueError(f"state_dicts: expected {self.models}, one a model of the plan, got {len(state_dicts)}")
         shares = check_weights(weights, self.models)
-        return merge_tensors(self.spec, self.labels, self.widths, state_dicts, shares)
+        return merge_pieces(self.spec, self.labels, self.widths, state_dicts, shares, limit, only)
 
     def align(self, state_dict: Mapping[str, Tensor], model: int = 1) -> dict[str, Tensor]:
         """This model's own function, expressed in model 0's unit order; bit-exact moves, any dtype.
@@ -105,15 +121,28 @@ class MergePlan:
         """
         return dict(self.align_tensors(state_dict, model))
 
-    def align_tensors(self, state_dict: Mapping[str, Tensor], model: int = 1) -> Iterator[tuple[str, Tensor]]:
-        """(name, aligned tensor) in the state dict's order, one at a time."""
+    def align_tensors(
+        self, state_dict: Mapping[str, Tensor], model: int = 1, only: Container[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, aligned tensor) in the state dict's order, one at a time, of all names or those in `only`."""
+        return ((piece.name, piece.tensor) for piece in self.align_pieces(state_dict, model, None, only))
+
+    def align_pieces(
+        self,
+        state_dict: Mapping[str, Tensor],
+        model: int = 1,
+        limit: int | None = None,
+        only: Container[str] | None = None,
+    ) -> Iterator[Piece]:
+        """The same as `Piece`s, as in `merge_pieces`."""
         if self.method != "align":
             raise ValueError(
                 f"align: needs a plan of method 'align', which keeps a model's function; got {self.method!r}"
             )
         if isinstance(model, bool) or not isinstance(model, int) or not 0 <= model < self.models:
             raise ValueError(f"model: expected 0..{self.models - 1}, got {model!r}")
-        return align_tensors(self.spec, {name: rows[model] for name, rows in self.labels.items()}, state_dict)
+        labels = {name: rows[model] for name, rows in self.labels.items()}
+        return align_pieces(self.spec, labels, state_dict, limit, only)
 
     def save(self, path: PathLike) -> None:
         """Write the plan and its spec to one safetensors file, atomically."""

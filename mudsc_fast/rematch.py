@@ -13,7 +13,9 @@ from mudsc_fast.assignment import assign, assign_blocks
 from mudsc_fast.axes import columns, split_blocks
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.similarity import Term, dual_similarity
+from mudsc_fast.streaming import streamed_similarity
 from mudsc_fast.weights import Weights
+from mudsc_fast.workplan import WorkPlan
 from mudsc_fast.zipping import zip_units
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class Matcher:
     """All that a match of any space needs, apart from the labels.
 
     weights: None at balance 0. activations: by space; may be empty. widths: merged width of every space that is zipped.
+    work: how each space is compared; None: all its tensors at once. duals: of each space's last assignment.
     """
 
     spec: PermutationSpec
@@ -50,7 +53,8 @@ class Matcher:
     attenuation: float
     budget: float
     device: torch.device | None
-    _duals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    work: WorkPlan | None = None
+    duals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
         """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
@@ -85,10 +89,18 @@ class Matcher:
 
     def _similarity(self, space: Space, current: Mapping[str, Match], balance: float) -> Tensor:
         activation = self.activations.get(space.name) if balance < 1 else None
+        scope = "cross" if self._aligned(space) else "full"
+        step = self.work.step_of(space.name) if self.work is not None else None
+        compared = balance > 0 and any(axis.compare for axis in space.axes)
+        if compared and self.weights is not None and step is not None and step.way == "streamed":
+            labels = {name: match.labels for name, match in current.items()}
+            widths = {name: match.width for name, match in current.items()}
+            return streamed_similarity(
+                self.spec, space, self.weights, labels, widths, activation, balance, scope, step.piece, self.device
+            )
         terms = self._terms(space, current) if balance > 0 else []
         if not terms:
             activation = self.activations.get(space.name)
-        scope = "cross" if self._aligned(space) else "full"
         return dual_similarity(terms, activation, balance, scope)
 
     def _terms(self, space: Space, current: Mapping[str, Match]) -> list[list[Term]]:
@@ -112,8 +124,8 @@ class Matcher:
 
     def _assigned(self, space: Space, similarity: Tensor) -> Match:
         # The last duals are nearly feasible for a similarity that changed a little.
-        found = assign(similarity, duals=self._duals.get(space.name))
-        self._duals[space.name] = found.duals
+        found = assign(similarity, duals=self.duals.get(space.name))
+        self.duals[space.name] = found.duals
         return Match(_labels_of(found.indices), float(found.value.mean()))
 
     def _zipped(self, space: Space, similarity: Tensor, pairing: Tensor | None) -> Match:

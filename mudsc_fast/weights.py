@@ -61,21 +61,50 @@ class Weights:
             )
         return x.detach()
 
+    def info(self, model: int, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype; not read where the mapping has a `layout` (as a `Checkpoint` has)."""
+        layout = getattr(self._state_dicts[model], "layout", None)
+        if layout is None:
+            x = self.raw(model, name)
+            return tuple(x.shape), x.dtype
+        shape = self._shapes.setdefault(name, torch.Size(layout[name].shape))
+        if tuple(layout[name].shape) != tuple(shape):
+            raise ValueError(
+                f"state_dicts: {name!r} has shape {tuple(layout[name].shape)} in model {model}, but {tuple(shape)} in "
+                "another"
+            )
+        return tuple(shape), layout[name].dtype
+
+    def rows(self, model: int, name: str, rows: slice | Tensor) -> Tensor:
+        """Some rows (indices of dim 0) of a tensor; the others are not read where the mapping can do without."""
+        read = getattr(self._state_dicts[model], "rows", None)
+        x = self.raw(model, name)[rows] if read is None else read(name, rows)
+        return x.detach()
+
     def floating(self, model: int, name: str) -> Tensor:
         """The tensor, which must be real and floating, else TypeError."""
         x = self.raw(model, name)
-        if not x.is_floating_point():
-            raise TypeError(f"state_dicts: {name!r} of model {model} must be floating to be merged, got {x.dtype}")
+        self.require_floating(x, model, name)
         return x
 
     def finite(self, model: int, name: str) -> Tensor:
         """The floating tensor without NaN or inf, else ValueError; looked at on the first reading only."""
         x = self.floating(model, name)
         if (model, name) not in self._finite:
-            if not is_finite(x):
-                raise ValueError(f"state_dicts: {name!r} of model {model} holds NaN or inf")
+            self.require_finite(x, model, name)
             self._finite.add((model, name))
         return x
+
+    def require_floating(self, x: Tensor, model: int, name: str) -> None:
+        """TypeError, naming the tensor that `x` is of, unless it is floating."""
+        if not x.is_floating_point():
+            raise TypeError(f"state_dicts: {name!r} of model {model} must be floating to be merged, got {x.dtype}")
+
+    def require_finite(self, x: Tensor, model: int, name: str) -> None:
+        """TypeError or ValueError, naming the tensor that `x` is of, unless it is floating and without NaN or inf."""
+        self.require_floating(x, model, name)
+        if not is_finite(x):
+            raise ValueError(f"state_dicts: {name!r} of model {model} holds NaN or inf")
 
 
 def is_finite(x: Tensor) -> bool:

@@ -387,3 +387,82 @@ def test_transformers_loads_the_folder(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(model(x).last_hidden_state, again(x).last_hidden_state)
+
+
+# --- rows, and writers that go on ------------------------------------------------------------------------------------
+
+
+def interrupted(writer: CheckpointWriter, tensors: dict[str, Tensor]) -> None:
+    """Write these tensors, then be interrupted."""
+    with pytest.raises(KeyboardInterrupt), writer:
+        write_all(writer, tensors)
+
+
+def write_all(writer: CheckpointWriter, tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        writer.write(name, x)
+    raise KeyboardInterrupt
+
+
+def test_rows_in_any_order(tmp_path: Path) -> None:
+    x, out = torch.randn(9, 2, 3), tmp_path / "m.safetensors"
+    with CheckpointWriter(out, layout_of({"x": x, "n": torch.tensor(3)})) as writer:
+        writer.write_rows("x", 6, x[6:])
+        writer.write("n", torch.tensor(3))
+        writer.write_rows("x", 0, x[:6])
+    assert torch.equal(open_checkpoint(out)["x"], x)
+
+
+@pytest.mark.parametrize(
+    ("starts", "reason"),
+    [((0,), "1 tensors were not written"), ((6,), "expected rows of shape"), ((0, 0), "rows were written twice")],
+)
+def test_rows_that_are_missing_or_too_many(tmp_path: Path, starts: tuple[int, ...], reason: str) -> None:
+    x = torch.randn(9, 2, 3)
+
+    def write() -> None:
+        with CheckpointWriter(tmp_path / "n", layout_of({"x": x})) as writer:
+            for start in starts:
+                writer.write_rows("x", start, x[:6])
+
+    with pytest.raises(ValueError, match=reason):
+        write()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("stop", range(7))
+def test_a_kept_writer_goes_on_after_its_last_whole_shard(tmp_path: Path, stop: int) -> None:
+    tensors = {f"t{k}": torch.randn(10, 4) for k in range(6)}
+    keep, texts = tmp_path / "work", {"README.md": "merged"}
+    keep.mkdir()
+
+    def writer_at(name: str, keep: Path | None) -> CheckpointWriter:
+        return CheckpointWriter(tmp_path / name, layout_of(tensors), max_shard_size=320, texts=texts, keep=keep)
+
+    with writer_at("whole", None) as writer:
+        for name, x in tensors.items():
+            writer.write(name, x)
+    interrupted(writer_at("kept", keep), {f"t{k}": tensors[f"t{k}"] for k in range(stop)})
+    assert not (tmp_path / "kept").exists()
+    with writer_at("kept", keep) as writer:
+        assert writer.own == {f"t{k}" for k in range(stop // 2 * 2, 6)}
+        for name in sorted(writer.own):
+            writer.write(name, tensors[name])
+    assert {f.name: f.read_bytes() for f in (tmp_path / "kept").iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()
+    }
+    assert (tmp_path / "kept" / "README.md").read_text() == "merged"
+
+
+def test_a_damaged_finished_shard_is_written_again(tmp_path: Path) -> None:
+    tensors, keep = {f"t{k}": torch.randn(10, 4) for k in range(4)}, tmp_path / "work"
+    keep.mkdir()
+
+    def again() -> CheckpointWriter:
+        return CheckpointWriter(tmp_path / "kept", layout_of(tensors), max_shard_size=320, keep=keep)
+
+    interrupted(again(), {"t0": tensors["t0"], "t1": tensors["t1"]})
+    assert again().own == {"t2", "t3"}
+    shard = next((keep / "output").glob("*-00001-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert again().own == set(tensors)

@@ -27,7 +27,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("specs",),
     (
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "expert_merging", "experts",
-        "hooks", "matching", "merging", "plan", "progress", "records", "rematch", "weights",
+        "hooks", "journal", "matching", "merging", "plan", "progress", "records", "rematch", "streaming", "weights",
+        "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip

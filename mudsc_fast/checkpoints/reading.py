@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ class _Source(Protocol):
     """One open file of a checkpoint."""
 
     def get_tensor(self, name: str) -> Tensor: ...
+    def get_rows(self, name: str, rows: slice | Tensor) -> Tensor: ...
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -66,6 +67,26 @@ class Checkpoint(Mapping[str, Tensor]):
         tensor = self._entries[name][1].get_tensor(name)
         return tensor if self.device is None else tensor.to(self.device)
 
+    def rows(self, name: str, rows: slice | Tensor) -> Tensor:
+        """Some rows (indices of dim 0) of a tensor, without reading the others.
+
+        rows: a slice without a step, or int64 indices in any order. Raises KeyError, and IndexError for rows that the
+        tensor does not have.
+        """
+        if name not in self._entries:
+            raise KeyError(f"{self.path} has no tensor {name!r}")
+        info, source = self._entries[name]
+        count = info.shape[0] if info.shape else 0
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(count)
+            if step != 1:
+                raise IndexError(f"{name}: expected rows without a step, got {rows}")
+            rows = slice(start, max(start, stop))
+        elif rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+            raise IndexError(f"{name}: expected rows of 0..{count - 1}, got {int(rows.min())}..{int(rows.max())}")
+        tensor = source.get_rows(name, rows)
+        return tensor if self.device is None else tensor.to(self.device)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -77,6 +98,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.nbytes} bytes)"
+
+    def without(self, names: Iterable[str]) -> Checkpoint:
+        """The same checkpoint, less some of its tensors."""
+        left = set(self._entries) - set(names)
+        entries = {name: entry for name, entry in self._entries.items() if name in left}
+        return Checkpoint(self.path, self.files, entries, self.metadata, self.device)
 
     @property
     def layout(self) -> dict[str, TensorInfo]:
@@ -210,15 +237,42 @@ class _SafetensorsFile:
     def get_tensor(self, name: str) -> Tensor:
         info = self.infos[name]
         tensor = torch.empty(math.prod(info.shape), dtype=info.dtype)
-        buffer = tensor.view(torch.uint8).numpy().data
-        done = 0
+        self._read(name, tensor, 0)
+        return tensor.reshape(info.shape)
+
+    def get_rows(self, name: str, rows: slice | Tensor) -> Tensor:
+        info = self.infos[name]
+        width = math.prod(info.shape[1:])
+        if isinstance(rows, slice):
+            tensor = torch.empty(rows.stop - rows.start, *info.shape[1:], dtype=info.dtype)
+            self._read(name, tensor, rows.start * width * info.dtype.itemsize)
+            return tensor
+        tensor = torch.empty(len(rows), *info.shape[1:], dtype=info.dtype)
+        at = 0
+        for first, count in _runs(rows.tolist()):
+            self._read(name, tensor[at : at + count], first * width * info.dtype.itemsize)
+            at += count
+        return tensor
+
+    def _read(self, name: str, tensor: Tensor, offset: int) -> None:
+        """Fill a contiguous tensor with what stands `offset` bytes into `name`."""
+        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
+        done, start = 0, self._starts[name] + offset
         while done < len(buffer):
             # positioned, so that threads may read side by side; in pieces, so that Ctrl-C is noticed
-            got = os.preadv(self._file.fileno(), [buffer[done : done + _CHUNK]], self._starts[name] + done)
+            got = os.preadv(self._file.fileno(), [buffer[done : done + _CHUNK]], start + done)
             if not got:
                 raise ValueError(f"{self.path}: the file ends inside tensor {name!r}; was it changed while in use?")
             done += got
-        return tensor.reshape(info.shape)
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of each run of rows that follow one another."""
+    start = 0
+    for k in range(1, len(rows) + 1):
+        if k == len(rows) or rows[k] != rows[k - 1] + 1:
+            yield rows[start], k - start
+            start = k
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -278,6 +332,9 @@ class _Loaded:
 
     def get_tensor(self, name: str) -> Tensor:
         return self.tensors[name].detach()
+
+    def get_rows(self, name: str, rows: slice | Tensor) -> Tensor:
+        return self.tensors[name].detach()[rows]
 
 
 def _read_torch(path: Path) -> dict[str, tuple[TensorInfo, _Source]]:

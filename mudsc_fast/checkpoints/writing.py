@@ -24,6 +24,9 @@ INDEX_NAME = "model.safetensors.index.json"
 # One write call stays short enough for Ctrl-C to be noticed between two of them.
 _CHUNK = 64 * 2**20
 
+# In `keep`: the names of shards that are finished.
+_DONE = "shards-done.txt"
+
 # A folder that holds anything else is not replaced: it may be somebody's work, not an earlier output.
 _REPLACEABLE = (".safetensors", ".json", ".txt", ".md", ".model", ".tiktoken", ".jinja")
 
@@ -82,6 +85,10 @@ class CheckpointWriter:
     inputs: files and folders that the output must not replace.
     companions: a folder whose config and tokenizer files are copied to a folder output.
     companion_dtype: the dtype that the copied config.json says, if it says one.
+    texts: further files of a folder output, {name: content}.
+    keep: a folder for the unfinished output, which then outlives a failure. A writer of the same arguments that finds
+        it there goes on: `own` has the names of the tensors that are not in a finished shard yet. The caller answers
+        for the arguments being the same, and removes the folder at the end.
 
     Raises what ``check_output`` raises, ValueError for tensors outside the layout, and OSError with the path for a full
     or read-only disk; the free space is checked before the first byte.
@@ -98,6 +105,8 @@ class CheckpointWriter:
         inputs: Iterable[str | PathLike[str]] = (),
         companions: Path | None = None,
         companion_dtype: torch.dtype | None = None,
+        texts: Mapping[str, str] | None = None,
+        keep: Path | None = None,
     ) -> None:
         if not layout:
             raise ValueError("layout: expected at least one tensor, got none")
@@ -110,19 +119,37 @@ class CheckpointWriter:
         self.companions = None if self.is_file else companions
         self.companion_dtype = companion_dtype
         self._shard_of = {name: i for i, shard in enumerate(self.shards) for name in shard.offsets}
-        self._temporary = self.path.parent / f".{self.path.name}.{secrets.token_hex(4)}.tmp"
-        self._files: list[FileIO] = []
-        self._left = set(self.layout)
+        self.texts = {} if self.is_file else dict(texts or {})
+        self._keep = keep
+        self._temporary = (
+            keep / "output" if keep else self.path.parent / f".{self.path.name}.{secrets.token_hex(4)}.tmp"
+        )
+        done = self._found()
+        self._mine = [i for i, shard in enumerate(self.shards) if shard.filename not in done]
+        self.own = {name for i in self._mine for name in self.shards[i].offsets}
+        self._files: dict[int, FileIO] = {}
+        self._left = {name: _height(self.layout[name]) for name in self.layout if name in self.own}
+        self._open = [len(shard.offsets) for shard in self.shards]
+
+    def _found(self) -> list[str]:
+        """Shards that stand finished in `keep`; single files are written anew."""
+        if self._keep is None or self.is_file or not (self._keep / _DONE).is_file():
+            return []
+        done = set((self._keep / _DONE).read_text(encoding="utf-8").split())
+        files = {shard.filename: self._temporary / shard.filename for shard in self.shards}
+        sizes = {shard.filename: shard.nbytes for shard in self.shards}
+        return [n for n, f in files.items() if n in done and f.is_file() and f.stat().st_size == sizes[n]]
 
     def __enter__(self) -> CheckpointWriter:
         try:
             self._check_space()
             if not self.is_file:
-                self._temporary.mkdir()
-            for shard in self.shards:
+                self._temporary.mkdir(exist_ok=self._keep is not None)
+            for i in self._mine:
+                shard = self.shards[i]
                 target = self._temporary if self.is_file else self._temporary / shard.filename
-                file = FileIO(str(target), "xb+")
-                self._files.append(file)
+                file = FileIO(str(target), "xb+" if self._keep is None else "wb+")
+                self._files[i] = file
                 file.truncate(shard.nbytes)
                 _write_at(file, 0, shard.header)
         except OSError as error:
@@ -139,20 +166,53 @@ class CheckpointWriter:
         Raises ValueError for a name that is unknown or was written before, for another shape, and for finite values
         that the layout's dtype cannot hold; OSError if the disk is full.
         """
-        if name not in self._left:
-            what = "was written before" if name in self.layout else "is not in the layout"
-            raise ValueError(f"{name}: this tensor {what}")
+        self._require_left(name)
         info = self.layout[name]
         if tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: expected shape {info.shape}, got {tuple(tensor.shape)}")
+        self._put(name, 0, tensor, _height(info))
+
+    def write_rows(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write rows of a tensor, from row `start` of dim 0 on; every row once, in any order. Errors as `write`."""
+        self._require_left(name)
+        info = self.layout[name]
+        end = start + (tensor.shape[0] if tensor.dim() else 0)
+        if not info.shape or tuple(tensor.shape[1:]) != info.shape[1:] or not 0 <= start <= end <= info.shape[0]:
+            raise ValueError(f"{name}: expected rows of shape {info.shape}, got {tuple(tensor.shape)} from {start} on")
+        self._put(name, start, tensor, end - start)
+
+    def _require_left(self, name: str) -> None:
+        if name not in self._left:
+            what = "was written before" if name in self.own else "is not in the layout"
+            raise ValueError(f"{name}: this tensor {what}")
+
+    def _put(self, name: str, start: int, tensor: Tensor, height: int) -> None:
+        info, index = self.layout[name], self._shard_of[name]
         data = _cast(name, tensor.detach(), info.dtype).cpu().resolve_conj().resolve_neg().contiguous()
-        index = self._shard_of[name]
+        if self._left[name] < height:
+            raise ValueError(f"{name}: rows were written twice")
         try:
             view = data.reshape(-1).view(torch.uint8).numpy().data
-            _write_at(self._files[index], self.shards[index].offsets[name], view)
+            offset = start * (info.nbytes // _height(info)) if start else 0
+            _write_at(self._files[index], self.shards[index].offsets[name] + offset, view)
+            self._left[name] -= height
+            if self._left[name] <= 0:
+                del self._left[name]
+                self._open[index] -= 1
+            if self._open[index] == 0 and self._keep is not None and not self.is_file:
+                self._mark(index, self._keep)
         except OSError as error:
             raise self._explained(error) from error
-        self._left.discard(name)
+
+    def _mark(self, index: int, keep: Path) -> None:
+        """Note that a shard is finished, once it is safe on the disk."""
+        file = self._files.pop(index)
+        os.fsync(file.fileno())
+        file.close()
+        with open(keep / _DONE, "a", encoding="utf-8") as done:
+            done.write(self.shards[index].filename + "\n")
+            done.flush()
+            os.fsync(done.fileno())
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -172,7 +232,7 @@ class CheckpointWriter:
     def _commit(self) -> None:
         if self._left:
             raise ValueError(f"{self.path}: {len(self._left)} tensors were not written, first {min(self._left)!r}")
-        for file in self._files:
+        for file in self._files.values():
             os.fsync(file.fileno())
             file.close()
         if not self.is_file:
@@ -188,12 +248,15 @@ class CheckpointWriter:
             extras.append(index)
         if self.companions is not None:
             extras += copy_companions(self.companions, self._temporary, self.companion_dtype)
+        for name, text in self.texts.items():
+            (self._temporary / name).write_text(text, encoding="utf-8")
+            extras.append(self._temporary / name)
         for path in extras:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
 
     def _check_space(self) -> None:
-        needed = sum(shard.nbytes for shard in self.shards)
+        needed = sum(self.shards[i].nbytes for i in self._mine)
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free")
@@ -203,8 +266,10 @@ class CheckpointWriter:
         return OSError(error.errno, f"cannot write the checkpoint ({error.strerror or error})", str(self.path))
 
     def _remove(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.close()
+        if self._keep is not None:
+            return
         if self._temporary.is_dir():
             shutil.rmtree(self._temporary, ignore_errors=True)
         else:
@@ -256,6 +321,11 @@ def cast_layout(layout: Mapping[str, TensorInfo], dtype: torch.dtype | None) -> 
         name: TensorInfo(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
         for name, info in layout.items()
     }
+
+
+def _height(info: TensorInfo) -> int:
+    """Rows of a tensor, by which it is written; 1 for scalars, so that nothing counts as written from the start."""
+    return max(info.shape[0], 1) if info.shape else 1
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,15 @@ from mudsc_fast.cli import options
 if TYPE_CHECKING:
     from torch import nn
 
-    from mudsc_fast.checkpoints import Checkpoint
+    from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint
 
 
-def has_config(checkpoint: Checkpoint) -> bool:
+def has_config(checkpoint: Checkpoint | StackedCheckpoint) -> bool:
     """Whether the checkpoint is a folder whose config.json says how to build its network."""
     return checkpoint.folder is not None and (checkpoint.folder / "config.json").is_file()
 
 
-def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_config(checkpoint: Checkpoint | StackedCheckpoint) -> dict[str, Any]:
     """The fields of config.json; ValueError, naming the file, if it holds something else."""
     path = (checkpoint.folder or Path()) / "config.json"
     try:
@@ -39,7 +40,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
-def empty_model(checkpoint: Checkpoint) -> nn.Module:
+def empty_model(checkpoint: Checkpoint | StackedCheckpoint) -> nn.Module:
     """The network on the meta device, without weights; errors as in ``load_model``."""
     import torch
     import transformers
@@ -51,27 +52,128 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
-def names_on_disk(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
+def tied_names(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """{name: the checkpoint's name of the same tensor}, for names of tied tensors that the checkpoint leaves out."""
+    kept: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if name in checkpoint:
+            kept.setdefault(id(tensor), name)
+    return {n: kept[id(t)] for n, t in state.items() if n not in checkpoint and kept.get(id(t), n) != n}
+
+
+def names_on_disk(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, str] | None:
     """{name in the network's state dict: name in the checkpoint}; None if they do not correspond one to one.
 
-    transformers 5 renames tensors between disk and network; it also splits and stacks some, which have no one name.
+    transformers 5 renames tensors between disk and network; those it splits and stacks have no one name (see
+    ``stacked``). A tied tensor that is stored once has one name on disk for all of its names.
+    """
+    tied = tied_names(model, checkpoint)
+    state = [name for name in model.state_dict() if name not in tied]
+    if set(state) == set(checkpoint):
+        return {**{name: name for name in state}, **tied}
+    try:
+        blocks = _blocks(model)
+    except Exception:  # noqa: BLE001 (not a public function of transformers: whatever it raises, it does not tell)
+        return None
+    found = {name: parts[0].name for name, parts in blocks.items() if len(parts) == 1}
+    once = {name: disk for name, disk in found.items() if disk in checkpoint}
+    for name, disk in found.items():
+        if disk not in checkpoint:
+            twin = next((t for t in _twins(model, name) if t in once), None)
+            if twin is None:
+                return None
+            once[name] = once[twin]
+    return once if set(once.values()) == set(checkpoint) and set(once) == set(model.state_dict()) else None
+
+
+def stacked(checkpoints: Sequence[Checkpoint]) -> list[StackedCheckpoint] | None:
+    """The checkpoints by their network's names, if transformers stacks what the files hold one by one; else None.
+
+    ValueError if tensors on disk and in the network correspond in a way that is not known here.
+    """
+    first = checkpoints[0]
+    if not has_config(first):
+        return None
+    try:
+        model = empty_model(first)
+    except (ValueError, OSError, ImportError):
+        return None
+    if names_on_disk(model, first) is not None:
+        return None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        blocks = dict(_blocks(model))
+    except Exception:  # noqa: BLE001 (as in names_on_disk)
+        return None
+    for name in [n for n, parts in blocks.items() if not any(part.name in first for part in parts)]:
+        if any(twin in blocks for twin in _twins(model, name)):
+            del blocks[name]
+    if {part.name for parts in blocks.values() for part in parts} != set(first):
+        return None
+    from mudsc_fast.checkpoints import StackedCheckpoint
+
+    return [StackedCheckpoint(checkpoint, blocks, shapes) for checkpoint in checkpoints]
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """Small inputs for a network on the meta device, by the names of its arguments; no dim that varies in use is 1.
+
+    ValueError for a network that takes something else than tokens, images or audio features.
     """
     import torch
 
-    state = list(model.state_dict())
-    if set(state) == set(checkpoint):
-        return {name: name for name in state}
-    try:
-        loading: Any = importlib.import_module("transformers.core_model_loading")
-        # Each tensor is a number, by which it is known again under its other name.
-        renamed = loading.revert_weight_conversion(model, {name: torch.tensor(i) for i, name in enumerate(state)})
-        found = {state[int(number)]: name for name, number in renamed.items()}
-    except Exception:  # noqa: BLE001 (not a public function of transformers: whatever it raises, it does not tell)
-        return None
-    return found if set(found.values()) == set(checkpoint) and len(found) == len(state) else None
+    arguments = inspect.signature(model.forward).parameters
+    config: Any = model.config
+    found: dict[str, Any] = {}
+    if "input_ids" in arguments:
+        found["input_ids"] = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    if "pixel_values" in arguments:
+        seen = getattr(config, "vision_config", config)
+        size = getattr(seen, "image_size", 32)
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        found["pixel_values"] = torch.zeros(2, getattr(seen, "num_channels", 3), *sides, device="meta")
+    if "input_features" in arguments:
+        length = 2 * getattr(config, "max_source_positions", 16)
+        found["input_features"] = torch.zeros(2, getattr(config, "num_mel_bins", 80), length, device="meta")
+    if found and "decoder_input_ids" in arguments:
+        found["decoder_input_ids"] = torch.zeros(2, 6, dtype=torch.long, device="meta")
+    if not found:
+        raise ValueError(f"{type(model).__name__} takes {', '.join(arguments)}, of which no example is known here")
+    return found
 
 
-def _builder(checkpoint: Checkpoint) -> Any:
+def _twins(model: nn.Module, name: str) -> list[str]:
+    """The other names of a tied tensor."""
+    state = model.state_dict(keep_vars=True)
+    return [other for other, tensor in state.items() if other != name and tensor is state[name]]
+
+
+def _blocks(model: nn.Module) -> Any:
+    """Which part of which tensor of the network each tensor on disk is; small stand-ins go through the conversion."""
+    import torch
+
+    from mudsc_fast.checkpoints.stacked import blocks_of, scaled
+
+    loading: Any = importlib.import_module("transformers.core_model_loading")
+    large = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    small = {name: tuple(_smaller(size) for size in shape) for name, shape in large.items()}
+    starts, numbered, start = {}, {}, 0
+    for name, shape in small.items():
+        count = torch.Size(shape).numel()
+        starts[name], numbered[name] = start, torch.arange(start, start + count).reshape(shape)
+        start += count
+    return scaled(blocks_of(loading.revert_weight_conversion(model, numbered), small, starts), small, large)
+
+
+def _smaller(size: int) -> int:
+    """A divisor of the size that is small but can be halved as often, for equal parts."""
+    while size > 128 and size % 2 == 0:
+        size //= 2
+    return size
+
+
+def _builder(checkpoint: Checkpoint | StackedCheckpoint) -> Any:
     path = (checkpoint.folder or Path()) / "config.json"
     names = read_config(checkpoint).get("architectures")
     name = names[0] if isinstance(names, list) and names else "AutoModel"

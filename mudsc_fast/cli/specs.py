@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from mudsc_fast.cli import huggingface
 
 if TYPE_CHECKING:
-    from mudsc_fast.checkpoints import Checkpoint
+    from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint
     from mudsc_fast.spec import PermutationSpec
+
+    AnyCheckpoint = Checkpoint | StackedCheckpoint
 
 
 def find_spec(
-    checkpoint: Checkpoint, spec_from: str = "auto", heads: int | None = None, groups: int | None = None
+    checkpoint: AnyCheckpoint, spec_from: str = "auto", heads: int | None = None, groups: int | None = None
 ) -> PermutationSpec:
     """The spec whose axes are tensors of the checkpoint and whose taps are modules of its network; no weights are read.
 
@@ -34,7 +36,7 @@ def find_spec(
     return spec_for(checkpoint.meta(), heads=heads, groups=groups)
 
 
-def _from_file(path: str, checkpoint: Checkpoint) -> PermutationSpec:
+def _from_file(path: str, checkpoint: AnyCheckpoint) -> PermutationSpec:
     from mudsc_fast.spec import PermutationSpec
 
     try:
@@ -45,22 +47,55 @@ def _from_file(path: str, checkpoint: Checkpoint) -> PermutationSpec:
     return found
 
 
-def _from_network(checkpoint: Checkpoint) -> PermutationSpec | None:
+def _from_network(checkpoint: AnyCheckpoint) -> PermutationSpec | None:
     """The spec of the network that transformers builds, by the names on disk; None where it does not tell."""
     from mudsc_fast.specs import spec_for
 
     try:
         model = huggingface.empty_model(checkpoint)
-        found = spec_for(model)
     except (ValueError, OSError, ImportError):
         return None
     names = huggingface.names_on_disk(model, checkpoint)
-    return None if names is None else _renamed(found, names)
+    if names is None:
+        return None
+    try:
+        found = spec_for(model)
+    except ValueError:
+        found = _traced(model, checkpoint)
+    return _renamed(found, names)
+
+
+_BY_HAND = (
+    "Write the spec by hand and give it with --spec FILE.json: "
+    '{"spaces": [{"name": "mlp", "width": 48, "axes": [{"tensor": "fc1.weight", "dim": 0, "role": "out"}, '
+    '{"tensor": "fc2.weight", "dim": 1, "role": "in"}]}]}, a space for each set of axes that move together '
+    "(docs/tracing.md; 'mudsc-fast spec' checks it)"
+)
+
+
+def _traced(model: Any, checkpoint: AnyCheckpoint) -> PermutationSpec:
+    from mudsc_fast.spec import PermutationSpec
+
+    name = type(model).__name__
+    try:
+        found = PermutationSpec.trace(model, (), huggingface.example_inputs(model))
+    except Exception as error:
+        # torch.export runs the model's own code, which may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{checkpoint.path}: no spec was found by tracing {name}: {reason}. {_BY_HAND}") from error
+    if not found.spaces:
+        raise ValueError(f"{checkpoint.path}: tracing {name} found no units that may move. {_BY_HAND}")
+    return found
 
 
 def _renamed(spec: PermutationSpec, names: dict[str, str]) -> PermutationSpec:
-    def on_disk(axis: Any) -> Any:
-        return replace(axis, tensor=names[axis.tensor])
+    def on_disk(items: Any) -> Any:
+        # Names of one tied tensor that is stored once become one name: its axes are said once.
+        made: dict[Any, Any] = {}
+        for item in items:
+            moved = replace(item, tensor=names[item.tensor])
+            made.setdefault((moved.tensor, replace(moved, role="in") if hasattr(moved, "role") else moved), moved)
+        return tuple(made.values())
 
-    spaces = tuple(replace(space, axes=tuple(on_disk(axis) for axis in space.axes)) for space in spec.spaces)
-    return replace(spec, spaces=spaces, frozen=tuple(on_disk(item) for item in spec.frozen))
+    spaces = tuple(replace(space, axes=on_disk(space.axes)) for space in spec.spaces)
+    return replace(spec, spaces=spaces, frozen=on_disk(spec.frozen))

@@ -1,0 +1,280 @@
+"""What a match and a merge need: memory, time and disk of each step, known before a weight is read.
+
+A space is compared in one of two ways. "joint": all its tensors are in memory, and one kernel call reads them in place.
+"streamed": its tensors pass one after another, and a float64 accumulator stands beside the result
+(`mudsc_fast.streaming`). Merged tensors are written whole, or in slabs of rows. With a limit, each step takes the way
+that fits; the largest step that has none gives the minimum.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from mudsc_fast.layout import dims_of
+from mudsc_fast.streaming import rows_apart
+
+if TYPE_CHECKING:
+    from mudsc_fast.spec import PermutationSpec, Space
+
+MIB = 2**20
+
+# Rows that are read at once where a tensor can be read in pieces: enough to keep the disk busy.
+_PIECE = 256 * MIB
+_LEAST_PIECE = 8 * MIB
+# The allocator's and the interpreter's own growth during a run.
+_MARGIN = 96 * MIB
+# Packed columns of a unit that the kernels hold (kGramDepth), and units side by side (kGramPanel).
+_DEPTH, _PANEL = 512, 48
+
+
+class Info(Protocol):
+    """Shape and dtype of a tensor that has not been read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class TensorShape(NamedTuple):
+    """An `Info` of one's own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Step:
+    """The match of one space, or of the spaces of one tie.
+
+    way: "joint" or "streamed". piece: bytes of rows read at once. memory: bytes on top of what the process holds.
+    flops: multiply-adds times two, of one visit. read: bytes read in one visit.
+    """
+
+    spaces: tuple[str, ...]
+    width: int
+    way: str
+    piece: int
+    memory: int
+    flops: float
+    read: int
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """The steps of a run.
+
+    base: resident bytes before it. merge_piece: bytes of the largest slab that is merged at once, None: tensors whole.
+    merge_memory: bytes that merging adds. output: bytes written.
+    """
+
+    steps: tuple[Step, ...]
+    base: int
+    merge_piece: int | None
+    merge_memory: int
+    read: int
+    output: int
+
+    @property
+    def peak(self) -> int:
+        """Largest resident size expected, in bytes."""
+        return self.base + _MARGIN + max([self.merge_memory, *(step.memory for step in self.steps)])
+
+    def step_of(self, space: str) -> Step:
+        """The step that matches a space."""
+        return next(step for step in self.steps if space in step.spaces)
+
+    def with_ways(self, ways: Mapping[str, str]) -> WorkPlan:
+        """The plan with other ways, by the first space of a step."""
+        steps = [replace(step, way=ways.get(step.spaces[0], step.way)) for step in self.steps]
+        return replace(self, steps=tuple(steps))
+
+
+class _Sizes:
+    """Bytes of everything that the match of one space holds."""
+
+    def __init__(self, spec: PermutationSpec, space: Space, layout: Mapping[str, Info], models: int, full: bool):
+        self.space, n = space, space.width
+        compared = [(axis, layout[axis.tensor]) for axis in space.axes if axis.compare and axis.tensor in layout]
+        item = 8 if any(info.dtype == torch.float64 for _, info in compared) else 4
+        self.similarity = (models * n) ** 2 * item if full else (models - 1) * n * n * item
+        rows, others = -(-n // _PANEL), -(-n * (models - 1) // _PANEL)
+        total = -(-n * models // _PANEL)
+        blocks = total * (total + 1) // 2 if full else rows * others
+        self.accumulator = blocks * _PANEL**2 * 8
+        self.packed = (rows * models + 1) * _PANEL * _DEPTH * item
+        tensors = [models * _bytes(info) for _, info in compared]
+        columns = [prod(info.shape) // max(n, 1) for _, info in compared]
+        self.tensors = sum(tensors)
+        # Tables of column offsets, and the merged copies that the streamed way makes of all models but the first.
+        self.tables = 8 * 4 * models * max(columns, default=0)
+        self.largest = max(
+            (2 * size for (axis, _), size in zip(compared, tensors, strict=True) if not rows_apart(spec, axis.tensor)),
+            default=0,
+        )
+        self.apart = max(
+            (size for (axis, _), size in zip(compared, tensors, strict=True) if rows_apart(spec, axis.tensor)),
+            default=0,
+        )
+        self.flops = 2.0 * n * n * sum(columns) * (models * (models + 1) / 2 if full else models - 1)
+        # Lists, prices and candidates of an assignment; a zip works on a copy.
+        self.solve = self.similarity if full else n * 8 * 256
+        if space.blocks > 1:
+            self.solve += 16 * n * space.blocks
+
+    def joint(self) -> int:
+        return self.similarity + max(self.tensors + self.tables + self.packed, self.solve)
+
+    def streamed(self, piece: int) -> int:
+        reading = max(self.largest, min(piece, self.apart)) + self.packed + self.accumulator
+        return max(reading, self.accumulator + self.similarity, self.similarity + self.solve)
+
+
+def resident_bytes() -> int:
+    """Memory that the process holds now (Linux), or the most it has held (elsewhere)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory that the process has held."""
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def plan_work(
+    spec: PermutationSpec,
+    layout: Mapping[str, Info],
+    models: int,
+    method: str = "align",
+    max_memory: int | None = None,
+    balance: float = 1.0,
+    base: int | None = None,
+    output: int | None = None,
+    merging: bool = True,
+) -> WorkPlan:
+    """Choose a way for every step such that the process stays below `max_memory` bytes.
+
+    layout: {tensor: shape and dtype}, of one model; the others are alike. max_memory: None: everything joint and whole.
+    balance: 0 compares no weights. base: bytes that the process holds already; None: what it holds now.
+    output: bytes that the result has, where that is not the size of one model. merging: whether tensors are merged too.
+    ValueError, which says the minimum and what needs it, if the limit is too low for some step.
+    """
+    base = resident_bytes() if base is None else base
+    size = sum(_bytes(info) for info in layout.values())
+    room = None if max_memory is None else max_memory - base - _MARGIN
+    steps, lacking = [], []
+    for tie in _ties(spec):
+        step, least = _step(spec, tie, layout, models, method, balance, room)
+        steps.append(step)
+        lacking.append((least, f"matching {_named(tie)}"))
+    piece, memory, least = _merging(spec, layout, models, room) if merging else (None, 0, 0)
+    if room is not None:
+        needs = max([*lacking, (least, "writing the merged tensors")], key=lambda need: need[0])
+        if needs[0] > room:
+            raise ValueError(
+                f"max_memory: expected at least {base + _MARGIN + needs[0]} bytes "
+                f"({in_words(base + _MARGIN + needs[0])}), which {needs[1]} needs, got {max_memory} "
+                f"({in_words(max_memory or 0)}); {in_words(base)} of it are in use before the work begins"
+            )
+    return WorkPlan(tuple(steps), base, piece, memory, models * size, size if output is None else output)
+
+
+def _step(
+    spec: PermutationSpec,
+    tie: Sequence[Space],
+    layout: Mapping[str, Info],
+    models: int,
+    method: str,
+    balance: float,
+    room: int | None,
+) -> tuple[Step, int]:
+    """The step of one tie, and the least memory that it needs."""
+    full = [method == "zip" and space.within == "free" for space in tie]
+    sizes = [_Sizes(spec, space, layout, models, f) for space, f in zip(tie, full, strict=True)]
+    names, width = tuple(space.name for space in tie), max(space.width for space in tie)
+    # The similarities of a tie are held together; each is made on top of those before it.
+    held = sum(s.similarity for s in sizes)
+    if balance == 0:
+        memory = held + max(s.accumulator + s.solve for s in sizes)
+        return Step(names, width, "joint", _PIECE, memory, 0.0, 0), memory
+    flops, read = sum(s.flops for s in sizes), sum(s.tensors for s in sizes)
+    beside = 0 if balance == 1 else max(s.accumulator for s in sizes)
+    activations = 0 if balance == 1 else beside + max(s.similarity for s in sizes)
+    joint = held + beside + max(s.joint() - s.similarity for s in sizes)
+    if room is None or joint <= room:
+        return Step(names, width, "joint", _PIECE, joint, flops, read), joint
+
+    def streamed(piece: int) -> int:
+        return held + activations + max(s.streamed(piece) - s.similarity for s in sizes)
+
+    piece = _PIECE
+    while piece > _LEAST_PIECE and streamed(piece) > room:
+        piece //= 2
+    if streamed(piece) > joint:
+        return Step(names, width, "joint", _PIECE, joint, flops, read), joint
+    return Step(names, width, "streamed", piece, streamed(piece), flops, read), min(joint, streamed(piece))
+
+
+def _merging(
+    spec: PermutationSpec, layout: Mapping[str, Info], models: int, room: int | None
+) -> tuple[int | None, int, int]:
+    """(largest slab or None, bytes that merging adds, the least that it could add)."""
+    whole = max((_merged_bytes(info, 1.0) for info in layout.values()), default=0)
+    if room is None or whole <= room:
+        return None, whole, whole
+    fixed = max((_merged_bytes(i, 1.0) for name, i in layout.items() if not in_slabs(spec, name, i.shape)), default=0)
+    piece = _PIECE
+    while piece > _LEAST_PIECE and 12 * piece > room:
+        piece //= 2
+    memory = max(fixed, 12 * piece)
+    return piece, memory, max(fixed, 12 * _LEAST_PIECE)
+
+
+def in_slabs(spec: PermutationSpec, name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor can be merged some rows at a time: no space flattens dim 0 with others."""
+    if not shape:
+        return False
+    return all(0 not in dims_of(axis) or len(dims_of(axis)) == 1 for _, axis in spec.entries.get(name, ()))
+
+
+def _merged_bytes(info: Info, share: float) -> int:
+    """Raw tensor, its working copy, the regrouped one, the mean and the result."""
+    count = int(prod(info.shape) * share)
+    working = 8 if info.dtype == torch.float64 else 4
+    return count * (2 * info.dtype.itemsize + 4 * working)
+
+
+def _ties(spec: PermutationSpec) -> list[tuple[Space, ...]]:
+    seen: dict[str, list[Space]] = {}
+    for space in spec.spaces:
+        seen.setdefault(f"tie {space.tie}" if space.tie is not None else f"space {space.name}", []).append(space)
+    return [tuple(spaces) for spaces in seen.values()]
+
+
+def _named(tie: Sequence[Space]) -> str:
+    return f"space{'s' if len(tie) > 1 else ''} " + ", ".join(f"{s.name!r} ({s.width} units)" for s in tie)
+
+
+def _bytes(info: Info) -> int:
+    return prod(info.shape) * info.dtype.itemsize
+
+
+def in_words(count: float) -> str:
+    """A number of bytes as people write it, in units of 1000."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.{2 if count < 10 * size else 1}f} {unit}"
+    return f"{count:.0f} bytes"

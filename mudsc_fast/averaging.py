@@ -91,7 +91,7 @@ def align_tensors(
     state_dict: Mapping[str, Tensor],
     only: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, aligned tensor) in the state dict's order, by one model's (width,) labels; `only` as in `merge_tensors`."""
+    """(name, aligned tensor) in the state dict's order, by one model's (width,) labels; all, or `only` these names."""
     for piece in align_pieces(spec, labels, state_dict, None, only):
         yield piece.name, piece.tensor
 

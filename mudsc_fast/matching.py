@@ -136,7 +136,7 @@ def match(
     for space in spec.spaces:
         if space.name not in labels:
             labels[space.name] = matcher.unmatched(space, descent.current)
-    return MergePlan(spec, labels, method, values, history)
+    return MergePlan(spec, labels, method, values, history, descent.by_sweep)
 
 
 class _Descent:
@@ -146,6 +146,7 @@ class _Descent:
         self.matcher = matcher
         self.journal = journal
         self.current: dict[str, Match] = {}
+        self.by_sweep: dict[str, list[float]] = {}  # each space's value after every sweep
         spaces = matcher.spec.spaces
         self._tie_of = {
             space.name: tuple(s for s in spaces if s is space or (space.tie is not None and s.tie == space.tie))
@@ -182,6 +183,8 @@ class _Descent:
                 changed = self._sweep([spaces[k] for k in torch.randperm(len(spaces), generator=generator)], steps)
                 value = sum(self.current[space.name].value for space in spaces) / len(spaces)
                 history.append(value)
+                for space in spaces:
+                    self.by_sweep.setdefault(space.name, []).append(self.current[space.name].value)
                 if value > best_value:
                     best, best_value, worse = dict(self.current), value, 0
                 else:

@@ -25,7 +25,8 @@ class MergePlan:
     spec: a PermutationSpec.
     labels: {space: (models, width)} int64, every merged unit 0..max with at least one member; blocks stay together.
     method: "align" (every row a permutation, model 0's the identity) or "zip".
-    values: {space: match value}, where known. history: the mean value L of every sweep run.
+    values: {space: match value}, where known. history: the mean value L of every sweep run; sweeps: {space: its value
+        after each}, where known.
 
     Raises ValueError or TypeError, naming the space, for labels that are none of that.
     """
@@ -37,6 +38,7 @@ class MergePlan:
         method: str,
         values: Mapping[str, float] | None = None,
         history: Sequence[float] = (),
+        sweeps: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -48,6 +50,7 @@ class MergePlan:
         self.labels = {space.name: _checked(space, labels, method) for space in spec.spaces}
         self.values = {name: float(value) for name, value in (values or {}).items()}
         self.history = [float(value) for value in history]
+        self.sweeps = {name: [float(value) for value in run] for name, run in (sweeps or {}).items()}
         counts = {name: rows.shape[0] for name, rows in self.labels.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"labels: expected one number of models in all spaces, got {counts}")
@@ -152,6 +155,7 @@ class MergePlan:
             "spaces": names,
             "values": self.values,
             "history": self.history,
+            "sweeps": self.sweeps,
             "spec": self.spec.to_json(),
         }
         write_record(path, _KIND, {str(k): self.labels[name] for k, name in enumerate(names)}, meta)
@@ -163,7 +167,7 @@ class MergePlan:
         try:
             spec = PermutationSpec.from_json(header["spec"])
             labels = {name: tensors[str(k)] for k, name in enumerate(header["spaces"])}
-            return cls(spec, labels, header["method"], header["values"], header["history"])
+            return cls(spec, labels, header["method"], header["values"], header["history"], header.get("sweeps"))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: damaged plan: {error}") from error
 

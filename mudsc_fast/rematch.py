@@ -59,7 +59,7 @@ class Matcher:
     def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
         """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
         balance = self.balance if balance is None else balance
-        similarities = [self._similarity(space, current, balance) for space in tie]
+        similarities = [self.similarity(space, current, balance) for space in tie]
         if len(tie) > 1 or tie[0].blocks > 1 or tie[0].within == "fixed":
             return self._in_blocks(tie, similarities)
         if self.method == "align":
@@ -87,7 +87,8 @@ class Matcher:
     def _aligned(self, space: Space) -> bool:
         return self.method == "align" or space.within == "fixed"
 
-    def _similarity(self, space: Space, current: Mapping[str, Match], balance: float) -> Tensor:
+    def similarity(self, space: Space, current: Mapping[str, Match], balance: float) -> Tensor:
+        """What `rematch` matches by: (models - 1, width, width) where the space is aligned, else of all units."""
         activation = self.activations.get(space.name) if balance < 1 else None
         scope = "cross" if self._aligned(space) else "full"
         step = self.work.step_of(space.name) if self.work is not None else None

@@ -21,6 +21,7 @@ from mudsc_fast.cli.landscapes import landscape
 from mudsc_fast.cli.mergekit import mergekit
 from mudsc_fast.cli.merging import align, merge
 from mudsc_fast.cli.options import CONTEXT, Settings
+from mudsc_fast.cli.reporting import report
 
 DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -76,7 +77,7 @@ def cli(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-for _command in (merge, align, mergekit, calibrate, spec, check, bench, landscape, info):
+for _command in (merge, align, mergekit, calibrate, spec, check, bench, landscape, report, info):
     cli.add_command(_command)
 
 

@@ -12,6 +12,7 @@ import click
 
 from mudsc_fast.cli import options
 from mudsc_fast.cli.progress import track
+from mudsc_fast.cli.recording import Note, check_run_folder, recorded
 from mudsc_fast.cli.specs import find_spec
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Request:
     stats: Path | None = None
     plan_from: Path | None = None
     save_plan: Path | None = None
+    record: Path | None = None
     method: str = "align"
     weights: list[float] | None = None
     width: int | float | None = None
@@ -82,6 +84,8 @@ class Request:
             options.check_record(self.save_plan, "--save-plan", inputs, self.force)
             if self.save_plan.resolve() == self.output.resolve():
                 raise ValueError(f"--save-plan: {self.save_plan} is the output too")
+        if self.record is not None:
+            check_run_folder(self.record, self.force)
 
     def used_balance(self) -> float:
         """The balance asked for, or the one that fits what is there."""
@@ -135,6 +139,12 @@ _matching = options.together(
         "--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Also write the match, for --plan."
     ),
 )
+_record = click.option(
+    "--record",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Also write what was done, and the match, into this folder: 'mudsc-fast report FOLDER' makes a page of it.",
+)
 _running = options.together(
     options.dtype,
     options.max_shard_size,
@@ -167,6 +177,7 @@ _running = options.together(
     metavar="N|SHARE",
     help="With zip: merged units of each space, or a share of its width such as 1.5.",
 )
+@_record
 @_running
 def merge(**given: Any) -> None:
     """Merge two or more checkpoints of one architecture into one network.
@@ -188,9 +199,14 @@ def merge(**given: Any) -> None:
     """
     request = Request(**given)
     request.check_usage()
+    request.check_outputs()
+    with recorded(request) as note:
+        _merge(request, note)
+
+
+def _merge(request: Request, note: Note) -> None:
     start = time.perf_counter()
     device = options.as_device(request.device)
-    request.check_outputs()
     opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
     if request.method == "average":
         from mudsc_fast.averaging import check_weights, merge_tensors
@@ -204,6 +220,7 @@ def merge(**given: Any) -> None:
         stream, layout = plan.merge_tensors(opened, request.weights), _merged_layout(plan, opened[0].layout)
     if request.weights is not None:
         about["weights"] = ",".join(f"{w:g}" for w in request.weights)
+    note(about, plan)
     _write(request, stream, layout, opened, opened[0], about)
     _summarise("merged", request, plan, about, layout, time.perf_counter() - start)
 

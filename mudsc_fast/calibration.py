@@ -12,6 +12,7 @@ from mudsc_fast.arguments import check_spec
 from mudsc_fast.axes import rows
 from mudsc_fast.batches import check_batches, evaluation, feed, length_of, placed
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.distributed import world_of
 from mudsc_fast.hooks import Port, Recorder
 from mudsc_fast.progress import Progress, bar
 from mudsc_fast.records import PathLike, read_record, write_record
@@ -79,6 +80,7 @@ def calibrate(
     device: torch.device | str | None = None,
     backend: str = "auto",
     progress: Progress = False,
+    group: Any = None,
 ) -> ActivationStats:
     """Run all models over the same batches, in eval mode, and stream their activations into covariances.
 
@@ -90,6 +92,8 @@ def calibrate(
     scope: "full", or "cross" (model 0 against each other model only: enough to align, half the work for two models).
     device: where to run and to keep the statistics; None: where the models are.
     progress: True draws a bar on a terminal, "always" also elsewhere.
+    group: a torch.distributed process group, True for the default one: all its processes make this call with the same
+        batches, each runs every n-th of them, and all get the statistics of all.
 
     Only the activations of the current batch are held. Raises ValueError for fewer than two models, no or empty
     batches, a tap whose module does not exist or is never called, and activations whose width is not the space's.
@@ -102,6 +106,7 @@ def calibrate(
             raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
     check_spec(spec)
     batches = check_batches(batches)
+    world = world_of(group)
     ports: dict[Port, list[tuple[str, Tap]]] = {}
     for space in spec.spaces:
         for tap in space.taps:
@@ -132,15 +137,21 @@ def calibrate(
         recorder = Recorder(models, list(ports), add)
         count = 0
         with recorder.attached(), bar("calibrating", length_of(batches), progress) as steps:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                count += 1
+                steps.advance()
+                if world is not None and number % world.size != world.rank:
+                    continue
                 for m, model in enumerate(models):
                     with recorder.running(m):
                         feed(model, batch, homes[m])
                 recorder.end_batch()
-                count += 1
-                steps.advance()
     if count == 0:
         raise ValueError("batches: expected at least one batch, got none")
+    if world is not None:
+        reached = set().union(*world.exchange(lambda: reached))
+        for covariance in covariances.values():
+            covariance.all_reduce(world.group)
     for port in ports:
         if port not in reached:
             raise ValueError(f"tap {port[0]!r} ({port[1]}): the module was never called in {count} batches")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from mudsc_fast.arguments import (
     two_or_more,
 )
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.distributed import World, levels, owners, world_of
 from mudsc_fast.journal import Journal, digest
 from mudsc_fast.plan import METHODS, MergePlan
 from mudsc_fast.progress import Bar, Progress, bar, wanted
@@ -54,6 +55,7 @@ def match(
     device: torch.device | str | None = None,
     max_memory: int | None = None,
     journal: PathLike | None = None,
+    group: Any = None,
 ) -> MergePlan:
     """Find the labels of every space: which units of the models belong together.
 
@@ -77,6 +79,9 @@ def match(
         time, with the same similarities up to rounding; ValueError, which names the minimum, if that is too much.
     journal: a folder in which every visit is recorded; a match with the same arguments and tensors that was interrupted
         goes on from there, to the same result. The tensors are not looked at for that: the caller answers for them.
+    group: a torch.distributed process group, True for the default one: all its processes make this call with the same
+        arguments, share the spaces among them, and get the same plan, which is that of a single process. With a
+        journal, each process needs a folder of its own.
 
     Returns a MergePlan whose history holds L of every sweep run. Sweeps that cannot change anything are not run, so the
     history may be shorter than the plain algorithm's, which only repeats its last L. A space that was never matched (no
@@ -123,7 +128,7 @@ def match(
         record = Journal(journal, {**asked, **limits, **given}, ways)
         if matcher.work is not None:
             matcher.work = matcher.work.with_ways(record.ways)
-    descent = _Descent(matcher, record)
+    descent = _Descent(matcher, record, world_of(group))
     if start is not None and balance > 0:
         descent.current = {name: Match(labels, start.values.get(name, 0.0)) for name, labels in start.labels.items()}
     elif activations:
@@ -142,9 +147,10 @@ def match(
 class _Descent:
     """The current matches, and how they change from visit to visit."""
 
-    def __init__(self, matcher: Matcher, journal: Journal | None = None) -> None:
+    def __init__(self, matcher: Matcher, journal: Journal | None = None, world: World | None = None) -> None:
         self.matcher = matcher
         self.journal = journal
+        self.world = world
         self.current: dict[str, Match] = {}
         self.by_sweep: dict[str, list[float]] = {}  # each space's value after every sweep
         spaces = matcher.spec.spaces
@@ -156,21 +162,27 @@ class _Descent:
             space.name: sorted({near for s in self._tie_of[space.name] for near in matcher.spec.neighbours(s.name)})
             for space in spaces
         }
+        self._owners: dict[tuple[str, ...], int] = {}
+        if world is not None:
+            costs = {_names(tie): float(sum(s.width**2 * len(s.axes) for s in tie)) for tie in self._tie_of.values()}
+            self._owners = owners(costs, self._near_ties(), world.size)
         self._remembered: dict[tuple[str, ...], OrderedDict[Any, list[Match]]] = {}
         self._digests: dict[str, tuple[Match, bytes]] = {}
 
     def by_activations(self, progress: Progress) -> None:
         """Match every space that has statistics on these alone."""
-        matcher, done = self.matcher, set[str]()
-        with bar("matching activations", len(matcher.activations), progress) as steps:
-            for space in matcher.spec.spaces:
-                if space.name in done or space.name not in matcher.activations:
-                    continue
-                tie = [s for s in self._tie_of[space.name] if s.name in matcher.activations]
-                for member, found in zip(tie, self._rematch(tie, {}, 0.0), strict=True):
-                    self.current[member.name] = found
-                    done.add(member.name)
-                    steps.advance()
+        seen = self.matcher.activations
+        ties = list({_names(tie): tie for tie in self._tie_of.values()}.values())
+        ties = [tie for tie in ties if any(space.name in seen for space in tie)]
+        with bar("matching activations", len(ties), progress) as steps:
+
+            def match_one(tie: tuple[Space, ...]) -> list[Match]:
+                steps.advance()
+                return self._rematch([space for space in tie if space.name in seen], {}, 0.0)
+
+            for tie, matches in self._shared(ties, match_one):
+                tapped = [space.name for space in tie if space.name in seen]
+                self.current.update(zip(tapped, matches, strict=True))
 
     def sweeps(self, seed: int, max_sweeps: int, patience: int, progress: Progress) -> list[float]:
         """Sweep until the mean value stops rising; the best matches stay in `current`."""
@@ -197,18 +209,45 @@ class _Descent:
 
     def _sweep(self, order: Sequence[Space], steps: Bar) -> bool:
         changed = False
-        for space in order:
-            tie = self._tie_of[space.name]
-            for member, found in zip(tie, self._visit(tie), strict=True):
-                before = self.current.get(member.name)
-                changed = changed or before is None or not torch.equal(before.labels, found.labels)
-                self.current[member.name] = found
-            steps.advance()
+        visits = [self._tie_of[space.name] for space in order]
+        # One after another, or, among several processes, as many at once as give the same result.
+        at_once = [[k] for k in range(len(visits))]
+        if self.world is not None:
+            at_once = levels([_names(tie) for tie in visits], self._near_ties())
+        for level in at_once:
+            for tie, matches in self._shared([visits[k] for k in level], self._visit):
+                for member, found in zip(tie, matches, strict=True):
+                    before = self.current.get(member.name)
+                    changed = changed or before is None or not torch.equal(before.labels, found.labels)
+                    self.current[member.name] = found
+                steps.advance()
         return changed
+
+    def _shared(
+        self, ties: Sequence[tuple[Space, ...]], work: Callable[[tuple[Space, ...]], list[Match]]
+    ) -> list[tuple[tuple[Space, ...], list[Match]]]:
+        """Each tie with its new matches; several processes do their own ones and hear of the others'."""
+        world = self.world
+        if world is None:
+            return [(tie, work(tie)) for tie in ties]
+        mine = [k for k, tie in enumerate(ties) if self._owners[_names(tie)] == world.rank]
+        parts = world.exchange(lambda: {k: work(ties[k]) for k in mine})
+        found = {k: matches for part in parts for k, matches in part.items()}
+        return [(tie, found[k]) for k, tie in enumerate(ties)]
+
+    def _near_ties(self) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+        """Which ties are matched by each other's labels; symmetric."""
+        found: dict[tuple[str, ...], set[tuple[str, ...]]] = {_names(tie): set() for tie in self._tie_of.values()}
+        for name, near in self._near.items():
+            for other in near:
+                a, b = _names(self._tie_of[name]), _names(self._tie_of[other])
+                found[a].add(b)
+                found[b].add(a)
+        return found
 
     def _visit(self, tie: tuple[Space, ...]) -> list[Match]:
         """The tie rematched; remembered where its neighbours have the labels of an earlier visit."""
-        names = tuple(space.name for space in tie)
+        names = _names(tie)
         state = tuple(self._digest(near) for near in self._near[names[0]])
         seen = self._remembered.setdefault(names, OrderedDict())
         if state in seen:
@@ -238,3 +277,7 @@ class _Descent:
             known = now, hashlib.blake2b(now.labels.numpy().tobytes(), digest_size=16).digest()
             self._digests[name] = known
         return known[1]
+
+
+def _names(tie: Sequence[Space]) -> tuple[str, ...]:
+    return tuple(space.name for space in tie)

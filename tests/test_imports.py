@@ -26,8 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),
     (
-        "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "expert_merging", "experts",
-        "hooks", "journal", "matching", "merging", "plan", "progress", "records", "rematch", "streaming", "weights",
+        "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed", "expert_merging",
+        "experts", "hooks", "journal", "matching", "merging", "plan", "progress", "records", "rematch", "streaming", "weights",
         "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),

@@ -7,10 +7,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from io import FileIO
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from torch import Tensor
 from .companions import copy_companions
 from .layout import TensorInfo, encode_index, parse_size, plan_shards
 from .reading import TORCH_SUFFIXES, Checkpoint
+
+if TYPE_CHECKING:
+    from mudsc_fast.distributed import World
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -89,6 +94,9 @@ class CheckpointWriter:
     keep: a folder for the unfinished output, which then outlives a failure. A writer of the same arguments that finds
         it there goes on: `own` has the names of the tensors that are not in a finished shard yet. The caller answers
         for the arguments being the same, and removes the folder at the end.
+    world: the processes that write together, each with a writer of the same arguments, without `keep`: shards are dealt
+        out to them, `own` has the names of this process's tensors, and the output appears once all are written, or not
+        at all.
 
     Raises what ``check_output`` raises, ValueError for tensors outside the layout, and OSError with the path for a full
     or read-only disk; the free space is checked before the first byte.
@@ -107,9 +115,13 @@ class CheckpointWriter:
         companion_dtype: torch.dtype | None = None,
         texts: Mapping[str, str] | None = None,
         keep: Path | None = None,
+        world: World | None = None,
     ) -> None:
         if not layout:
             raise ValueError("layout: expected at least one tensor, got none")
+        if keep is not None and world is not None:
+            raise ValueError("keep: an output of several processes cannot be gone on with")
+        self._world = world
         self.path = check_output(path, inputs, overwrite)
         self.layout = dict(layout)
         self.is_file = self.path.suffix == ".safetensors"
@@ -126,6 +138,8 @@ class CheckpointWriter:
         )
         done = self._found()
         self._mine = [i for i, shard in enumerate(self.shards) if shard.filename not in done]
+        if world is not None:
+            self._mine = world.own(self._mine)
         self.own = {name for i in self._mine for name in self.shards[i].offsets}
         self._files: dict[int, FileIO] = {}
         self._left = {name: _height(self.layout[name]) for name in self.layout if name in self.own}
@@ -142,9 +156,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            self._check_space()
-            if not self.is_file:
-                self._temporary.mkdir(exist_ok=self._keep is not None)
+            self._temporary = self._begin() if self._world is None else self._world.first(self._begin)
             for i in self._mine:
                 shard = self.shards[i]
                 target = self._temporary if self.is_file else self._temporary / shard.filename
@@ -159,6 +171,12 @@ class CheckpointWriter:
             self._remove()
             raise
         return self
+
+    def _begin(self) -> Path:
+        self._check_space()
+        if not self.is_file:
+            self._temporary.mkdir(exist_ok=self._keep is not None)
+        return self._temporary
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, cast to the layout's dtype.
@@ -218,6 +236,8 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
+            if self._world is not None and isinstance(value, Exception):
+                self._tell(value)
             self._remove()
             return
         try:
@@ -230,11 +250,32 @@ class CheckpointWriter:
             raise
 
     def _commit(self) -> None:
+        if self._world is None:
+            self._finish()
+            self._publish()
+            return
+        self._world.exchange(self._finish)
+        self._world.first(self._publish)
+
+    def _tell(self, error: Exception) -> None:
+        """The other processes wait in `_commit`: let them fail for the same reason."""
+
+        def fail() -> None:
+            raise error
+
+        with suppress(Exception):
+            if self._world is not None:
+                self._world.exchange(fail)
+
+    def _finish(self) -> None:
+        """This process's files, complete and on disk."""
         if self._left:
             raise ValueError(f"{self.path}: {len(self._left)} tensors were not written, first {min(self._left)!r}")
         for file in self._files.values():
             os.fsync(file.fileno())
             file.close()
+
+    def _publish(self) -> None:
         if not self.is_file:
             self._write_extras()
             _sync_folder(self._temporary)
@@ -256,7 +297,7 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
 
     def _check_space(self) -> None:
-        needed = sum(self.shards[i].nbytes for i in self._mine)
+        needed = sum(self.shards[i].nbytes for i in (self._mine if self._world is None else range(len(self.shards))))
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mudsc_fast.cli import options
+from mudsc_fast.cli import options, processes
 
 
 @click.command(short_help="Record activation statistics for merge.")
@@ -81,6 +81,7 @@ def calibrate(
     settings = options.settings()
     start = time.perf_counter()
     where = options.as_device(device)
+    world = processes.join()
     options.check_record(output, "--output", [*checkpoints, inputs], force)
     opened = options.open_all(checkpoints, allow_torch_load)
     models = [build_model(checkpoint, model_path) for checkpoint in opened]
@@ -89,8 +90,13 @@ def calibrate(
         spec = spec_for(models[0], heads=heads, groups=groups)
     else:
         spec = find_spec(opened[0], spec_from, heads, groups)
-    stats = calibration.calibrate(models, batches, spec, scope=scope, device=where, progress=not settings.quiet)
-    stats.save(output)
+    stats = calibration.calibrate(
+        models, batches, spec, scope=scope, device=where, progress=not settings.quiet, group=world
+    )
+    if world is None:
+        stats.save(output)
+    else:
+        world.first(lambda: stats.save(output))
     settings.say(
         f"calibrated {len(models)} checkpoints on {batches.rows} rows: {len(stats)} of {len(spec.spaces)} spaces in "
         f"{output}, {time.perf_counter() - start:.1f} s"

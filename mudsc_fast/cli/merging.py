@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from mudsc_fast.cli import options
+from mudsc_fast.cli import options, processes
 from mudsc_fast.cli.progress import track
 from mudsc_fast.cli.recording import Note, check_run_folder, recorded
 from mudsc_fast.cli.specs import find_spec
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mudsc_fast.checkpoints import Checkpoint, TensorInfo
+    from mudsc_fast.distributed import World
     from mudsc_fast.plan import MergePlan
+
+
+class Stream(Protocol):
+    """The tensors of the output, those of some names or all."""
+
+    def __call__(self, *, only: Container[str] | None) -> Iterable[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -194,34 +202,42 @@ def merge(**given: Any) -> None:
       mudsc-fast merge a b -o m1 --save-plan plan.safetensors
       mudsc-fast merge a b -o m2 --plan plan.safetensors --weights 1,0.5
 
+    \b
+    Several processes share the work when torchrun starts them:
+      torchrun --nproc-per-node 4 -m mudsc_fast merge a b -o merged
+
     BatchNorm's running statistics are averaged like weights. They do not fit the merged network: recompute them from
     data with mudsc_fast.reset_batchnorm.
     """
     request = Request(**given)
     request.check_usage()
+    world = processes.join()
     request.check_outputs()
+    if world is not None and world.rank:
+        request = replace(request, record=None)
     with recorded(request) as note:
-        _merge(request, note)
+        _merge(request, note, world)
 
 
-def _merge(request: Request, note: Note) -> None:
+def _merge(request: Request, note: Note, world: World | None) -> None:
     start = time.perf_counter()
     device = options.as_device(request.device)
     opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
+    stream: Stream
     if request.method == "average":
         from mudsc_fast.averaging import check_weights, merge_tensors
         from mudsc_fast.spec import PermutationSpec
 
         shares = check_weights(request.weights, len(opened))
-        plan, about = None, {"method": "average"}
-        stream, layout = merge_tensors(PermutationSpec(()), {}, {}, opened, shares), opened[0].layout
+        plan, about, layout = None, {"method": "average"}, opened[0].layout
+        stream = partial(merge_tensors, PermutationSpec(()), {}, {}, opened, shares)
     else:
-        plan, about = _plan(request, opened, device)
-        stream, layout = plan.merge_tensors(opened, request.weights), _merged_layout(plan, opened[0].layout)
+        plan, about = _plan(request, opened, device, world)
+        stream, layout = partial(plan.merge_tensors, opened, request.weights), _merged_layout(plan, opened[0].layout)
     if request.weights is not None:
         about["weights"] = ",".join(f"{w:g}" for w in request.weights)
     note(about, plan)
-    _write(request, stream, layout, opened, opened[0], about)
+    _write(request, stream, layout, opened, opened[0], about, world)
     _summarise("merged", request, plan, about, layout, time.perf_counter() - start)
 
 
@@ -246,15 +262,18 @@ def align(**given: Any) -> None:
     request.check_usage()
     start = time.perf_counter()
     device = options.as_device(request.device)
+    world = processes.join()
     request.check_outputs()
     opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
-    plan, about = _plan(request, opened, device)
+    plan, about = _plan(request, opened, device, world)
     layout = opened[1].layout
-    _write(request, plan.align_tensors(opened[1], 1), layout, opened, opened[1], about)
+    _write(request, partial(plan.align_tensors, opened[1], 1), layout, opened, opened[1], about, world)
     _summarise("aligned", request, plan, about, layout, time.perf_counter() - start)
 
 
-def _plan(request: Request, opened: list[Checkpoint], device: torch.device) -> tuple[MergePlan, dict[str, str]]:
+def _plan(
+    request: Request, opened: list[Checkpoint], device: torch.device, world: World | None
+) -> tuple[MergePlan, dict[str, str]]:
     """The match, found or loaded, and what the output's header says about it."""
     from mudsc_fast.calibration import ActivationStats
     from mudsc_fast.matching import match
@@ -275,6 +294,7 @@ def _plan(request: Request, opened: list[Checkpoint], device: torch.device) -> t
         seed=request.seed,
         progress=not options.settings().quiet,
         device=device,
+        group=world,
     )
     about = {"method": request.method, "balance": f"{balance:g}", "seed": str(request.seed)}
     if request.stats is not None:
@@ -282,7 +302,8 @@ def _plan(request: Request, opened: list[Checkpoint], device: torch.device) -> t
     if request.width is not None:
         about["width"] = str(request.width)
     if request.save_plan is not None:
-        plan.save(request.save_plan)
+        save = partial(plan.save, request.save_plan)
+        save() if world is None else world.first(save)
     return plan, about
 
 
@@ -304,13 +325,14 @@ def _merged_layout(plan: MergePlan, layout: Mapping[str, TensorInfo]) -> dict[st
 
 def _write(
     request: Request,
-    stream: Iterable[tuple[str, Tensor]],
+    stream: Stream,
     layout: Mapping[str, TensorInfo],
     opened: list[Checkpoint],
     like: Checkpoint,
     about: Mapping[str, str],
+    world: World | None,
 ) -> None:
-    """Write the stream; the files beside the weights come from the folder of `like`, if it is one."""
+    """Write the stream, each process its own shards; the files beside the weights come from the folder of `like`."""
     import mudsc_fast as mf
     from mudsc_fast.checkpoints import CheckpointWriter, cast_layout
 
@@ -328,9 +350,10 @@ def _write(
         inputs=[path for checkpoint in opened for path in (checkpoint.path, *checkpoint.files)],
         companions=like.folder,
         companion_dtype=dtype,
+        world=world,
     )
     with writer:
-        for name, tensor in track(stream, "writing", len(layout), settings.quiet):
+        for name, tensor in track(stream(only=writer.own), "writing", len(writer.own), settings.quiet):
             writer.write(name, tensor)
 
 

@@ -26,9 +26,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),
     (
-        "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed", "expert_merging",
-        "experts", "hooks", "journal", "matching", "merging", "plan", "progress", "records", "rematch", "streaming", "weights",
-        "workplan",
+        "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
+        "expert_merging", "experts", "hooks", "journal", "matching", "merging", "plan", "progress", "records",
+        "rematch", "streaming", "weights", "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip

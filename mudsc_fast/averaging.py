@@ -85,6 +85,26 @@ def merge_pieces(
             yield Piece(name, start, merged, rows is None)
 
 
+def expressed_tensors(
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    name: str,
+) -> list[Tensor]:
+    """The tensor `name` of every model in merged coordinates, scaled such that their mean is the merged tensor."""
+    weights = Weights(state_dicts, spec)
+    maps = axis_labels(spec, name, weights.raw(0, name).shape, labels, widths)
+    scale = _out_scale(maps, [1.0] * weights.models, weights.raw(0, name).ndim)
+    result = []
+    for m in range(weights.models):
+        x = _working(weights.finite(m, name))
+        for axis in maps:
+            x = _regrouped(x, axis, axis.labels[m])
+        result.append((x if scale is None else x * scale.to(x)).to(weights.raw(m, name).dtype))
+    return result
+
+
 def align_tensors(
     spec: PermutationSpec,
     labels: Mapping[str, Tensor],

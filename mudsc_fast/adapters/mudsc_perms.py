@@ -253,7 +253,7 @@ def translate(perms: Mapping[Any, Any], shapes: Mapping[str, Any], tie: bool = T
 
 def _weights(key: Any, value: Any) -> list[Any]:
     given = value.get("weights") if isinstance(value, Mapping) else value
-    if not isinstance(given, Sequence) or not given:
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise ValueError(f"perm {key!r}: expected a list of [axis, tensor, cfg], got {given!r}")
     return list(given)
 

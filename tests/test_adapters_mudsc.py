@@ -58,7 +58,7 @@ def test_recorded_merges(case: Case) -> None:
     loader = [(x, None) for x in mlp_batches()] if inputs["activations"] else None
     before = copy.deepcopy(MLP_PERM)
     merged = fusion.transform(recorded_networks(), MLP_PERM, act_loader=loader, in_weight_space=inputs["balance"] > 0)
-    assert MLP_PERM == before
+    assert before == MLP_PERM
     assert isinstance(merged, networks.MLP)
     for key, tensor in merged.state_dict().items():
         torch.testing.assert_close(

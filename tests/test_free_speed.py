@@ -43,7 +43,7 @@ def plain_match(state_dicts: Any, spec: mf.PermutationSpec, *arguments: Any, **o
 
     class Forgetful(matching._Descent):
         def _visit(self, tie: Any) -> list[rematch.Match]:
-            self.matcher._duals.clear()
+            self.matcher.duals.clear()
             return self.matcher.rematch(tie, self.current)
 
         def _sweep(self, order: Any, steps: Any) -> bool:
@@ -127,8 +127,8 @@ def test_what_is_remembered_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     seen: list[matching._Descent] = []
 
     class Watched(matching._Descent):
-        def __init__(self, matcher: rematch.Matcher) -> None:
-            super().__init__(matcher)
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
             seen.append(self)
 
     monkeypatch.setattr(matching, "_Descent", Watched)

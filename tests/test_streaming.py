@@ -52,8 +52,8 @@ def test_streamed_is_joint_up_to_rounding(kind: str, method: str) -> None:
             streaming = _matcher(architecture, states, stats, method, share, all_streamed(spec, states[0], piece))
             for space in spec.spaces:
                 for known in ({}, labels):
-                    expected = plain._similarity(space, known, share)
-                    found = streaming._similarity(space, known, share)
+                    expected = plain.similarity(space, known, share)
+                    found = streaming.similarity(space, known, share)
                     assert found.shape == expected.shape
                     assert found.dtype == expected.dtype
                     # Both multiply in the tensors' precision, about other shifts.

@@ -39,17 +39,17 @@ def call_factory(model_path: str) -> nn.Module:
     """What the function at MODULE:FACTORY returns; ValueError, naming --model, if that is no network."""
     from torch import nn
 
-    model = find_function(model_path, "--model")()
+    model = find_function(model_path, "--model", "MODULE:FACTORY")()
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model: expected {model_path!r} to return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
-def find_function(path: str, option: str) -> Callable[..., Any]:
+def find_function(path: str, option: str, metavar: str = "MODULE:FUNCTION") -> Callable[..., Any]:
     """The function at MODULE:FUNCTION, from the current folder or the Python path; ValueError names the option."""
     module_name, _, function_name = path.partition(":")
     if not module_name or not function_name:
-        raise ValueError(f"{option}: expected MODULE:FUNCTION such as net:build, got {path!r}")
+        raise ValueError(f"{option}: expected {metavar} such as net:build, got {path!r}")
     # Like `python -m`: a console script starts without the current folder on the path.
     folder = str(Path.cwd())
     if folder not in sys.path:

@@ -62,8 +62,8 @@ class Shard(NamedTuple):
     nbytes: int
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes in a size such as ``"5GB"``, ``"500MB"`` or ``1000``; units are powers of 1000.
+def parse_size(size: int | str, what: str = "max_shard_size") -> int:
+    """Bytes in a size such as ``"5GB"``, ``"500MB"`` or ``1000``; units are powers of 1000. what: named in errors.
 
     Raises ValueError for an unknown unit, a size that is not a number, or less than one byte.
     """
@@ -75,7 +75,7 @@ def parse_size(size: int | str) -> int:
     except (ValueError, OverflowError):
         value = 0
     if value < 1:
-        raise ValueError(f"max_shard_size: expected a number of bytes or a size such as '5GB' or '500MB', got {size!r}")
+        raise ValueError(f"{what}: expected a number of bytes or a size such as '5GB' or '500MB', got {size!r}")
     return value
 
 

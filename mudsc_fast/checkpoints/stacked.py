@@ -121,9 +121,11 @@ class StackedCheckpoint(Mapping[str, Tensor]):
         return [part.name for part in self._blocks[name]]
 
     def write(self, writer: CheckpointWriter, name: str, start: int, tensor: Tensor) -> None:
-        """Write rows of one of the network's tensors, from row `start` on."""
+        """Write rows of one of the network's tensors, from row `start` on, where they are the writer's own to write."""
         shapes = {part.name: self.checkpoint.layout[part.name].shape for part in self._blocks[name]}
         for part in self._blocks[name]:
+            if part.name not in writer.own:
+                continue
             shape = shapes[part.name]
             if not part.ranges:
                 writer.write(part.name, tensor.reshape(shape))

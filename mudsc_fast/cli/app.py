@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -92,18 +93,20 @@ def main(args: Sequence[str] | None = None) -> int:
     except BaseException as error:  # noqa: BLE001 (Ctrl-C and SIGTERM have exit codes too)
         if settings.debug and not isinstance(error, SystemExit | click.UsageError):
             traceback.print_exc()
-        return _explain(error)
+        return _explain(error, settings.kept)
     return code if isinstance(code, int) else DONE
 
 
-def _explain(error: BaseException) -> int:
-    """Say on stderr what went wrong, and give the exit code for it."""
+def _explain(error: BaseException, kept: Path | None = None) -> int:
+    """Say on stderr what went wrong, and give the exit code for it. kept: where finished work is, if it is."""
+    if kept is not None and kept.is_dir() and not isinstance(error, click.ClickException):
+        _say(f"what is finished stays in {kept}: the same command with --resume goes on from there")
     match error:
         case click.ClickException():
             error.show()
             return error.exit_code
         case click.Abort() | KeyboardInterrupt():
-            _say("interrupted; nothing was left behind")
+            _say("interrupted" if kept is not None else "interrupted; nothing was left behind")
             return INTERRUPTED
         case SystemExit():
             return error.code if isinstance(error.code, int) else FAILED

@@ -61,7 +61,7 @@ def spec(
     if as_json:
         click.echo(found.to_json())
         return
-    _print(_spec_table(found, checkpoint))
+    print_table(_spec_table(found, checkpoint))
     covered = {axis.tensor for space in found.spaces for axis in space.axes}
     left = [name for name in opened if name not in covered]
     share = sum(opened.layout[name].nbytes for name in covered) / max(opened.nbytes, 1)
@@ -104,7 +104,7 @@ def info() -> None:
     for key, value in build_config().items():
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         table.add_row(key.replace("_", " "), text or "none")
-    _print(table)
+    print_table(table)
 
 
 @click.command(short_help="Compare every kernel with the reference.")
@@ -133,7 +133,7 @@ def check(device: str) -> None:
     outcomes = list(track(run_checks(_devices(device)), "checking", None, settings.quiet))
     failures = [outcome for outcome in outcomes if not outcome.ok]
     if failures or not settings.quiet:
-        _print(_check_table(outcomes))
+        print_table(_check_table(outcomes))
     for outcome in failures:
         click.echo(f"over: {outcome.op} ({outcome.case}) on {outcome.place} {outcome.note}".rstrip())
     if failures:
@@ -173,7 +173,7 @@ def _devices(asked: str) -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
     """The table on stdout, as wide as the terminal, or as it needs where another program reads it."""
     from rich.console import Console
 

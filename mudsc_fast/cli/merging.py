@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from mudsc_fast.cli import options, processes
+from mudsc_fast.cli import huggingface, options, processes, work
+from mudsc_fast.cli.card import model_card
 from mudsc_fast.cli.progress import track
 from mudsc_fast.cli.recording import Note, check_run_folder, recorded
 from mudsc_fast.cli.specs import find_spec
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from mudsc_fast.checkpoints import Checkpoint, TensorInfo
+    from mudsc_fast.averaging import Piece
+    from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint, TensorInfo
     from mudsc_fast.distributed import World
     from mudsc_fast.plan import MergePlan
+    from mudsc_fast.spec import PermutationSpec
+    from mudsc_fast.workplan import WorkPlan
+
+    States = Sequence[Checkpoint] | Sequence[StackedCheckpoint]
 
 
 class Stream(Protocol):
     """The tensors of the output, those of some names or all."""
 
-    def __call__(self, *, only: Container[str] | None) -> Iterable[tuple[str, Tensor]]: ...
+    def __call__(self, *, only: Container[str] | None) -> Iterable[Piece]: ...
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,13 @@ class Request:
     stats: Path | None = None
     plan_from: Path | None = None
     save_plan: Path | None = None
-    record: Path | None = None
     method: str = "align"
     weights: list[float] | None = None
     width: int | float | None = None
+    max_memory: str | None = None
+    dry_run: bool = False
+    resume: bool = False
+    record: Path | None = None
 
     def check_usage(self) -> None:
         """Refuse options that contradict each other, before anything is opened."""
@@ -156,6 +164,7 @@ _record = click.option(
 _running = options.together(
     options.dtype,
     options.max_shard_size,
+    work.large,
     options.device,
     options.seed,
     options.spec,
@@ -211,33 +220,35 @@ def merge(**given: Any) -> None:
     """
     request = Request(**given)
     request.check_usage()
+    start = time.perf_counter()
+    device = options.as_device(request.device)
     world = processes.join()
     request.check_outputs()
+    if request.dry_run:
+        return _prepare(request, device, world).show()
     if world is not None and world.rank:
         request = replace(request, record=None)
     with recorded(request) as note:
-        _merge(request, note, world)
+        _merge(request, device, note, world, start)
 
 
-def _merge(request: Request, note: Note, world: World | None) -> None:
-    start = time.perf_counter()
-    device = options.as_device(request.device)
-    opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
+def _merge(request: Request, device: torch.device, note: Note, world: World | None, start: float) -> None:
+    job = _prepare(request, device, world)
     stream: Stream
     if request.method == "average":
-        from mudsc_fast.averaging import check_weights, merge_tensors
-        from mudsc_fast.spec import PermutationSpec
+        from mudsc_fast.averaging import check_weights, merge_pieces
 
-        shares = check_weights(request.weights, len(opened))
-        plan, about, layout = None, {"method": "average"}, opened[0].layout
-        stream = partial(merge_tensors, PermutationSpec(()), {}, {}, opened, shares)
+        shares = check_weights(request.weights, len(job.states))
+        plan, about, layout = None, {"method": "average"}, job.layout
+        stream = partial(merge_pieces, job.spec, {}, {}, job.states, shares, job.piece)
     else:
-        plan, about = _plan(request, opened, device, world)
-        stream, layout = partial(plan.merge_tensors, opened, request.weights), _merged_layout(plan, opened[0].layout)
+        plan, about = _plan(job)
+        stream = partial(plan.merge_pieces, job.states, request.weights, job.piece)
+        layout = _merged_layout(plan, job.layout)
     if request.weights is not None:
         about["weights"] = ",".join(f"{w:g}" for w in request.weights)
     note(about, plan)
-    _write(request, stream, layout, opened, opened[0], about, world)
+    _write("merged", job, stream, layout, 0, about, plan)
     _summarise("merged", request, plan, about, layout, time.perf_counter() - start)
 
 
@@ -264,37 +275,115 @@ def align(**given: Any) -> None:
     device = options.as_device(request.device)
     world = processes.join()
     request.check_outputs()
-    opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
-    plan, about = _plan(request, opened, device, world)
-    layout = opened[1].layout
-    _write(request, partial(plan.align_tensors, opened[1], 1), layout, opened, opened[1], about, world)
+    job = _prepare(request, device, world)
+    if request.dry_run:
+        return job.show()
+    plan, about = _plan(job)
+    layout = job.states[1].layout
+    _write("aligned", job, partial(plan.align_pieces, job.states[1], 1, job.piece), layout, 1, about, plan)
     _summarise("aligned", request, plan, about, layout, time.perf_counter() - start)
 
 
-def _plan(
-    request: Request, opened: list[Checkpoint], device: torch.device, world: World | None
-) -> tuple[MergePlan, dict[str, str]]:
+@dataclass(frozen=True)
+class Job:
+    """A request whose checkpoints are open.
+
+    states: the checkpoints by the names that the spec has. given: the plan of --plan. ahead: the plan of work, where
+    memory is limited or the work is only to be shown.
+    """
+
+    request: Request
+    device: torch.device
+    states: States
+    spec: PermutationSpec
+    given: MergePlan | None
+    limit: int | None
+    ahead: WorkPlan | None
+    kept: work.Resumption
+    world: World | None
+
+    @property
+    def layout(self) -> dict[str, TensorInfo]:
+        """Of the first checkpoint."""
+        return self.states[0].layout
+
+    @property
+    def piece(self) -> int | None:
+        """The largest slab of a tensor in bytes; None: tensors are merged whole."""
+        return None if self.ahead is None else self.ahead.merge_piece
+
+    def show(self) -> None:
+        """Print the plan of work."""
+        files = [file for state in self.states for file in state.files]
+        if self.ahead is not None:
+            work.show(self.ahead, self.request.output, files, self.request.resume, self.limit)
+
+
+def _prepare(request: Request, device: torch.device, world: World | None) -> Job:
+    from mudsc_fast.plan import MergePlan
+    from mudsc_fast.spec import PermutationSpec
+    from mudsc_fast.workplan import plan_work
+
+    if world is not None and request.resume:
+        raise ValueError("--resume: several processes keep no work to go on from; run one, or leave --resume out")
+    limit = work.limit_of(request.max_memory)
+    opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
+    states: States = opened
+    given = None
+    if request.method == "average":
+        spec = PermutationSpec(())
+    else:
+        states = huggingface.stacked(opened) or opened
+        if request.plan_from is not None:
+            given = MergePlan.load(request.plan_from)
+            spec = given.spec
+            spec.check({name: info.shape for name, info in states[0].layout.items()})
+        else:
+            spec = find_spec(states[0], request.spec_from, request.heads, request.groups)
+    layout, plan = states[0].layout, None
+    if limit is not None or request.dry_run:
+        dtype = options.as_dtype(request.dtype)
+        item = {
+            name: dtype if dtype is not None and i.dtype.is_floating_point else i.dtype for name, i in layout.items()
+        }
+        output = sum(info.nbytes // info.dtype.itemsize * item[name].itemsize for name, info in layout.items())
+        balance = 1.0 if request.stats is None else 0.5 if request.balance is None else request.balance
+        plan = plan_work(
+            spec, layout, len(states), request.method, limit, balance, output=output, matching=given is None
+        )
+    files = [file for state in states for file in state.files]
+    options_given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(request).items()
+        if name not in ("checkpoints", "output", "resume", "dry_run", "max_memory", "force", "save_plan", "record")
+    }
+    inputs = work.files_of([*files, request.stats, request.plan_from])
+    kept = work.Resumption(request.resume and not request.dry_run, request.output, {"inputs": inputs, **options_given})
+    return Job(request, device, states, spec, given, limit, plan, kept, world)
+
+
+def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
     """The match, found or loaded, and what the output's header says about it."""
     from mudsc_fast.calibration import ActivationStats
     from mudsc_fast.matching import match
-    from mudsc_fast.plan import MergePlan
 
-    if request.plan_from is not None:
-        plan = MergePlan.load(request.plan_from)
-        plan.spec.check({name: info.shape for name, info in opened[0].layout.items()})
-        return plan, {"method": plan.method, "plan": request.plan_from.name}
+    request = job.request
+    if job.given is not None and request.plan_from is not None:
+        return job.given, {"method": job.given.method, "plan": request.plan_from.name}
     balance = request.used_balance()
     plan = match(
-        opened,
-        find_spec(opened[0], request.spec_from, request.heads, request.groups),
-        None if request.stats is None else ActivationStats.load(request.stats, device=device),
+        job.states,
+        job.spec,
+        None if request.stats is None else ActivationStats.load(request.stats, device=job.device),
         method=request.method,
         balance=balance,
         width=request.width,
         seed=request.seed,
         progress=not options.settings().quiet,
-        device=device,
-        group=world,
+        device=job.device,
+        max_memory=job.limit,
+        journal=job.kept.journal,
+        group=job.world,
     )
     about = {"method": request.method, "balance": f"{balance:g}", "seed": str(request.seed)}
     if request.stats is not None:
@@ -303,7 +392,7 @@ def _plan(
         about["width"] = str(request.width)
     if request.save_plan is not None:
         save = partial(plan.save, request.save_plan)
-        save() if world is None else world.first(save)
+        save() if job.world is None else job.world.first(save)
     return plan, about
 
 
@@ -324,37 +413,48 @@ def _merged_layout(plan: MergePlan, layout: Mapping[str, TensorInfo]) -> dict[st
 
 
 def _write(
-    request: Request,
+    verb: str,
+    job: Job,
     stream: Stream,
     layout: Mapping[str, TensorInfo],
-    opened: list[Checkpoint],
-    like: Checkpoint,
+    like: int,
     about: Mapping[str, str],
-    world: World | None,
+    plan: MergePlan | None,
 ) -> None:
-    """Write the stream, each process its own shards; the files beside the weights come from the folder of `like`."""
+    """Write the stream; the files beside the weights come from the folder of checkpoint `like`, if it is one."""
     import mudsc_fast as mf
-    from mudsc_fast.checkpoints import CheckpointWriter, cast_layout
+    from mudsc_fast.checkpoints import CheckpointWriter, StackedCheckpoint, cast_layout
 
-    settings = options.settings()
+    settings, request, model = options.settings(), job.request, job.states[like]
     dtype = options.as_dtype(request.dtype)
-    if like.folder is not None and layout != like.layout:
-        settings.say(f"note: config.json is copied from {like.path} and does not know the merged widths")
-    sources = ",".join(checkpoint.path.resolve().name for checkpoint in opened)
+    if model.folder is not None and layout != model.layout:
+        settings.say(f"note: config.json is copied from {model.path} and does not know the merged widths")
+    sources = ",".join(path.resolve().name for path in request.checkpoints)
+    form = model if isinstance(model, StackedCheckpoint) else None
+    card = model_card(request.output.resolve().name, verb, request.checkpoints, about, mf.__version__, plan)
     writer = CheckpointWriter(
         request.output,
-        cast_layout(layout, dtype),
+        cast_layout(layout if form is None else form.on_disk(layout), dtype),
         metadata={"mudsc_fast": mf.__version__, "sources": sources, **about},
         max_shard_size=request.max_shard_size,
         overwrite=request.force,
-        inputs=[path for checkpoint in opened for path in (checkpoint.path, *checkpoint.files)],
-        companions=like.folder,
+        inputs=[path for state in job.states for path in (state.path, *state.files)],
+        companions=model.folder,
         companion_dtype=dtype,
-        world=world,
+        texts={"README.md": card},
+        keep=job.kept.folder,
+        world=job.world,
     )
+    only = writer.own if form is None else {n for n in layout if not writer.own.isdisjoint(form.stored(n))}
     with writer:
-        for name, tensor in track(stream(only=writer.own), "writing", len(writer.own), settings.quiet):
-            writer.write(name, tensor)
+        for piece in track(stream(only=only), "writing", None if job.piece else len(only), settings.quiet):
+            if form is not None:
+                form.write(writer, piece.name, piece.start, piece.tensor)
+            elif piece.whole:
+                writer.write(piece.name, piece.tensor)
+            else:
+                writer.write_rows(piece.name, piece.start, piece.tensor)
+    job.kept.finish()
 
 
 def _summarise(

@@ -27,6 +27,7 @@ class Settings:
 
     debug: bool = False
     quiet: bool = False
+    kept: Path | None = None  # where an interrupted run keeps its finished work
 
     def say(self, text: str) -> None:
         """A line about the run on stderr, unless it is to be quiet; stdout holds results alone."""
@@ -82,6 +83,8 @@ device = click.option(
 )
 dtype = click.option(
     "--dtype",
+    "--out-dtype",
+    "dtype",
     default="keep",
     show_default=True,
     type=click.Choice(DTYPES),
@@ -150,26 +153,15 @@ def as_dtype(name: str) -> torch.dtype | None:
 
 
 def open_all(paths: tuple[Path, ...], allow: bool, device: torch.device | None = None) -> list[Checkpoint]:
-    """Open checkpoints and refuse those whose tensors do not correspond to the first one's, by name."""
+    """Open checkpoints and refuse those that cannot be merged with the first one (see ``cli.alike``)."""
     from mudsc_fast.checkpoints import open_checkpoint
+    from mudsc_fast.cli import alike
 
     opened = [open_checkpoint(path, allow_torch_load=allow, device=device) for path in paths]
-    first = opened[0].layout
-    for path, other in zip(paths[1:], opened[1:], strict=True):
-        layout = other.layout
-        odd = sorted(first.keys() ^ layout.keys())
-        if odd:
-            has, lacks = (paths[0], path) if odd[0] in first else (path, paths[0])
-            raise ValueError(
-                f"expected checkpoints of one architecture, but {has} has a tensor {odd[0]!r} that {lacks} lacks "
-                f"({len(odd)} such tensors)"
-            )
-        for name, info in first.items():
-            if layout[name].shape != info.shape:
-                raise ValueError(
-                    f"expected checkpoints of one architecture, but {name!r} has shape {info.shape} in {paths[0]} and "
-                    f"{layout[name].shape} in {path}"
-                )
+    for checkpoint in opened:
+        alike.refuse_quantised(checkpoint)
+    opened = alike.with_one_copy(opened)
+    alike.require_alike(opened)
     return opened
 
 

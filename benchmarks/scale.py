@@ -1,0 +1,389 @@
+"""Merges of checkpoints that are larger than the memory they may use: `make scale`.
+
+Two checkpoints of Llama-3-8B's width are made: random bfloat16 weights, and the same under a planted random permutation
+of all spaces plus noise. The command line aligns and merges them under a memory limit, each command in a process of its
+own whose resident memory is watched. The planted permutation must come back exactly, and the logits of the results,
+loaded by transformers, are compared with the parents'. Everything is written to one JSON file and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a Llama, and the limit of its merge."""
+
+    name: str
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    layers: int
+    vocabulary: int
+    limit: str
+    shard: str
+    noise: float = 0.01
+    seed: int = 3
+
+    def config(self) -> Any:
+        import transformers
+
+        return transformers.LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.mlp,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            num_hidden_layers=self.layers,
+            vocab_size=self.vocabulary,
+            rope_theta=500000.0,
+            max_position_embeddings=8192,
+            dtype="bfloat16",
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+
+
+CASES = {
+    # The vocabulary is cut down from 128,256, which changes nothing but the size of two tensors.
+    "llama-8b-width": Case("llama-8b-width", 4096, 14336, 32, 8, 4, 8192, "4GB", "1GB"),
+    "small": Case("small", 128, 448, 8, 2, 2, 512, "900MB", "500KB"),
+}
+
+
+def make_pair(case: Case, folder: Path, permutation: Mapping[str, Tensor]) -> None:
+    """Write the folders a and b, which is a in another unit order with noise. One tensor is in memory at a time."""
+    from mudsc_fast.axes import axis_labels, take
+    from mudsc_fast.checkpoints import CheckpointWriter, TensorInfo
+
+    model, spec = _empty(case)
+    labels = {name: torch.argsort(order) for name, order in permutation.items()}
+    layout = {name: TensorInfo(tuple(x.shape), torch.bfloat16) for name, x in model.state_dict().items()}
+    for name in "ab":
+        with CheckpointWriter(folder / name, layout, max_shard_size=case.shard) as writer:
+            for k, (key, info) in enumerate(layout.items()):
+                generator = torch.Generator().manual_seed(1000 * case.seed + k)
+                x = _random(key, info.shape, generator)
+                if name == "b":
+                    for part in axis_labels(spec, key, info.shape, labels):
+                        x = take(x, part.dims, torch.argsort(part.labels))
+                    noise = torch.randn(info.shape, generator=generator).mul_(case.noise * float(x.float().std()))
+                    x = (noise.add_(x.float())).to(torch.bfloat16)
+                writer.write(key, x)
+        case.config().save_pretrained(folder / name)
+        _name_architecture(folder / name / "config.json")
+
+
+def _empty(case: Case) -> tuple[Any, Any]:
+    import transformers
+
+    from mudsc_fast import PermutationSpec
+
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(case.config())
+    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    return model, PermutationSpec.trace(model, (), {"input_ids": ids})
+
+
+def _seed_of(case: Case) -> int:
+    """A seed whose first visit is the residual stream's.
+
+    In weight space alone an MLP that is visited before the residual stream is matched by noise, and visited again.
+    """
+    names = [space.name for space in _empty(case)[1].spaces]
+    for seed in range(1000):
+        if names[int(torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[0])] == "residual":
+            return seed
+    return 0
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=generator)
+    return (x.mul_(0.1).add_(1.0) if len(shape) == 1 else x.mul_(shape[-1] ** -0.5)).to(torch.bfloat16)
+
+
+def _name_architecture(path: Path) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}, indent=2) + "\n")
+
+
+# ---- one command, watched ----
+
+
+def watched(arguments: list[str], log: Path) -> dict[str, Any]:
+    """Run `mudsc-fast` with these arguments in a process of its own; its time, memory curve and steps."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--run", str(log), *arguments]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    curve: list[tuple[float, float]] = []
+    peak = 0.0
+    while process.poll() is None:
+        seen = _memory(process.pid)
+        if seen is not None:
+            curve.append((time.perf_counter() - start, seen[0] / 1e6))
+            peak = max(peak, seen[1])
+        time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    return {
+        "command": ["mudsc-fast", *[Path(a).name if "/" in a else a for a in arguments]],
+        "seconds": round(seconds, 2),
+        "cpu_seconds": steps[-1]["cpu"],
+        "peak_resident_mb": round(peak / 1e6, 1),
+        "curve": _thin(curve),
+        "steps": steps,
+    }
+
+
+def _memory(pid: int) -> tuple[float, float] | None:
+    """Resident bytes now, and the most so far (VmHWM)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return (found["VmRSS"], found["VmHWM"]) if len(found) == 2 else None
+
+
+def _thin(curve: list[tuple[float, float]], points: int = 400) -> list[tuple[float, float]]:
+    """At most this many points, each the largest of its stretch."""
+    step = max(1, -(-len(curve) // points))
+    parts = [curve[k : k + step] for k in range(0, len(curve), step)]
+    return [(round(part[0][0], 2), round(max(m for _, m in part), 1)) for part in parts]
+
+
+def run_logged(log: Path, arguments: list[str]) -> int:
+    """The command line in this process, with one JSON line in `log` for each visit and each written tensor."""
+    from mudsc_fast.checkpoints import CheckpointWriter
+    from mudsc_fast.cli import main
+    from mudsc_fast.rematch import Matcher
+
+    start = time.perf_counter()
+    with log.open("w") as file:
+
+        def note(**what: Any) -> None:
+            now = {"at": round(time.perf_counter() - start, 3), "cpu": round(time.process_time(), 3)}
+            file.write(json.dumps({**now, **what}) + "\n")
+            file.flush()
+
+        rematch = Matcher.rematch
+
+        def timed(self: Matcher, tie: Any, *args: Any, **kwargs: Any) -> Any:
+            before, cpu = time.perf_counter(), time.process_time()
+            found = rematch(self, tie, *args, **kwargs)
+            seconds, cpu = time.perf_counter() - before, time.process_time() - cpu
+            way = "joint" if self.work is None else self.work.step_of(tie[0].name).way
+            note(visit=[space.name for space in tie], way=way, seconds=round(seconds, 3), cpu_seconds=round(cpu, 3))
+            return found
+
+        Matcher.rematch = timed  # type: ignore[method-assign]
+        enter, leave = CheckpointWriter.__enter__, CheckpointWriter.__exit__
+
+        def begun(self: CheckpointWriter) -> CheckpointWriter:
+            note(write="begin")
+            return enter(self)
+
+        def ended(self: CheckpointWriter, *args: Any) -> None:
+            leave(self, *args)
+            note(write="end")
+
+        CheckpointWriter.__enter__ = begun  # type: ignore[method-assign]
+        CheckpointWriter.__exit__ = ended  # type: ignore[method-assign]
+        code = main(arguments)
+        note(end=code)
+    return code
+
+
+# ---- is the result right? ----
+
+
+def check_labels(plan_file: Path, permutation: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many units of how many spaces were given back their planted place."""
+    from mudsc_fast import MergePlan
+
+    plan = MergePlan.load(plan_file)
+    # Unit i of b is unit permutation[i] of a, so it must have this label.
+    right = {name: int((plan.labels[name][1] == order).sum()) for name, order in permutation.items()}
+    return {
+        "spaces": len(permutation),
+        "exact_spaces": sum(right[name] == len(order) for name, order in permutation.items()),
+        "units": sum(len(order) for order in permutation.values()),
+        "right_units": sum(right.values()),
+        "sweeps": len(plan.history),
+        "value": plan.history[-1],
+    }
+
+
+def compare_logits(folder: Path, names: list[str], tokens: Tensor) -> dict[str, float]:
+    """Largest difference of each model's logits from those of a, over the largest logit of a."""
+    logits = {}
+    for name in names:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder / name), dtype=torch.float32)
+        with torch.no_grad():
+            logits[name] = model.eval()(tokens).logits
+        del model
+    scale = logits["a"].abs().max()
+    found = {name: float((logits[name] - logits["a"]).abs().max() / scale) for name in names if name != "a"}
+    found["b_aligned from b"] = float((logits["b_aligned"] - logits["b"]).abs().max() / scale)
+    return {name: float(f"{value:.3g}") for name, value in found.items()}
+
+
+# ---- the whole ----
+
+
+def measure(case: Case, work: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make the pair, merge and align it, check both; all figures."""
+    start = time.perf_counter()
+    permutation = _empty(case)[1].random_permutation(case.seed)
+    if not (work / "b").exists():
+        make_pair(case, work, permutation)
+        say(f"made two checkpoints in {time.perf_counter() - start:.0f} s")
+    a, b, plan = str(work / "a"), str(work / "b"), work / "plan.safetensors"
+    common = ["--max-memory", case.limit, "--max-shard-size", case.shard, "-q"]
+    seed = str(_seed_of(case))
+    runs = {}
+    arguments = ["merge", a, b, "-o", str(work / "merged"), "--save-plan", str(plan), "--seed", seed, *common]
+    runs["merge"] = watched(arguments, work / "merge.log")
+    say(f"merged: {runs['merge']['seconds']} s, peak {runs['merge']['peak_resident_mb']} MB")
+    arguments = ["align", a, b, "-o", str(work / "b_aligned"), "--plan", str(plan), *common]
+    runs["align"] = watched(arguments, work / "align.log")
+    say(f"aligned: {runs['align']['seconds']} s, peak {runs['align']['peak_resident_mb']} MB")
+    runs["average"] = watched(
+        ["merge", a, b, "-o", str(work / "average"), "--method", "average", *common], work / "average.log"
+    )
+    labels = check_labels(plan, permutation)
+    say(f"planted permutation: {labels}")
+    tokens = torch.randint(0, case.vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+    logits = compare_logits(work, ["a", "b", "b_aligned", "merged", "average"], tokens)
+    say(f"logits: {logits}")
+    sizes = {name: sum(f.stat().st_size for f in (work / name).glob("*.safetensors")) for name in ("a", "merged")}
+    return {"case": asdict(case), "bytes": sizes, "runs": runs, "planted": labels, "logits": logits}
+
+
+def about() -> dict[str, Any]:
+    """Where this was measured."""
+    import transformers
+
+    import mudsc_fast
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": "make scale",
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "mudsc_fast": mudsc_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """The resident memory of the merge over time, with its steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    case, run = result["case"], result["runs"]["merge"]
+    figure, axes = pyplot.subplots(figsize=(8, 3.4), dpi=90)
+    limit = _bytes(case["limit"]) / 1e9
+    for step in run["steps"]:
+        if "visit" in step and step["seconds"] > 0.01 * run["seconds"]:
+            colour = "tab:orange" if step["visit"][0] == "residual" else "tab:green"
+            offset = run["seconds"] - run["steps"][-1]["at"]
+            axes.axvspan(offset + step["at"] - step["seconds"], offset + step["at"], alpha=0.18, color=colour, lw=0)
+    axes.plot([t for t, _ in run["curve"]], [m / 1e3 for _, m in run["curve"]], lw=1.2, color="tab:blue")
+    axes.axhline(limit, color="tab:red", lw=1, ls="--")
+    axes.text(0, limit, f" --max-memory {case['limit']}", color="tab:red", va="bottom", fontsize=8)
+    both = 2 * result["bytes"]["a"] / 1e9
+    axes.set(xlabel="seconds", ylabel="resident GB", ylim=(0, 1.15 * max(limit, 0.1)))
+    axes.set_title(
+        f"Merging two {both / 2:.1f} GB checkpoints, {case['layers']} layers of width {case['hidden']} "
+        "(orange: residual stream, green: MLPs)",
+        fontsize=8,
+    )
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _bytes(size: str) -> int:
+    from mudsc_fast.checkpoints import parse_size
+
+    return parse_size(size)
+
+
+@contextmanager
+def temporary(folder: Path | None) -> Iterator[Path]:
+    """The folder, or a temporary one that is removed afterwards."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    made = Path(tempfile.mkdtemp(prefix="mudsc-scale-"))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made)
+
+
+def main() -> int:
+    """Measure a case and write its results file and plot."""
+    if sys.argv[1:2] == ["--run"]:
+        return run_logged(Path(sys.argv[2]), sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=list(CASES), default="llama-8b-width")
+    parser.add_argument("--work", type=Path, help="where to put the checkpoints (default: a temporary folder)")
+    parser.add_argument("--make", action="store_true", help="only make the checkpoints in --work")
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/scale-CASE.json)")
+    parser.add_argument("--plot", type=Path, help="plot of the memory (default: docs/images/scale-memory.png)")
+    given = parser.parse_args()
+    case = CASES[given.case]
+    if given.make:
+        given.work.mkdir(parents=True, exist_ok=True)
+        make_pair(case, given.work, _empty(case)[1].random_permutation(case.seed))
+        return 0
+    with temporary(given.work) as work:
+        result = {"about": about(), **measure(case, work, lambda text: sys.stderr.write(text + "\n"))}
+    out = given.out or RESULTS / f"scale-{case.name}.json"
+    out.write_text(json.dumps(result, indent=None, separators=(",", ":")).replace('"runs"', '\n"runs"') + "\n")
+    draw(result, given.plot or ROOT / "docs" / "images" / "scale-memory.png")
+    sound = result["planted"]["exact_spaces"] == result["planted"]["spaces"]
+    within = all(run["peak_resident_mb"] * 1e6 <= _bytes(case.limit) for run in result["runs"].values())
+    return 0 if sound and within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

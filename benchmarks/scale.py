@@ -286,6 +286,53 @@ def measure(case: Case, work: Path, say: Callable[[str], None]) -> dict[str, Any
     return {"case": asdict(case), "bytes": sizes, "runs": runs, "planted": labels, "logits": logits}
 
 
+LARGE = {
+    "Llama-3-8B": (Case("8b", 4096, 14336, 32, 8, 32, 128256, "5GB", "5GB"), ("5GB", "16GB")),
+    "Llama-3-70B": (Case("70b", 8192, 28672, 64, 8, 80, 128256, "14GB", "5GB"), ("14GB", "64GB")),
+}
+
+
+def extrapolate(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What whole models cost: their plans of work, at the rates that were measured on four layers."""
+    from mudsc_fast.workplan import TensorShape, plan_work
+
+    run = result["runs"]["merge"]
+    wide, spec = _empty(Case(**result["case"]))
+    small = {name: TensorShape(tuple(x.shape), torch.bfloat16) for name, x in wide.state_dict().items()}
+    flops = {step.spaces[0]: step.flops for step in plan_work(spec, small, 2).steps}
+    visits = [step for step in run["steps"] if "visit" in step and flops[step["visit"][0]] > 1e11]
+    rate = sum(flops[v["visit"][0]] for v in visits) / sum(v["cpu_seconds"] for v in visits)
+    begin = next(step for step in run["steps"] if step.get("write") == "begin")
+    end = next(step for step in run["steps"] if step.get("write") == "end")
+    writing = result["bytes"]["merged"] / (end["cpu"] - begin["cpu"])
+    found: dict[str, Any] = {"flops_a_cpu_second": round(rate / 1e9) * 1e9, "written_a_cpu_second": round(writing)}
+    for name, (case, limits) in LARGE.items():
+        model, spec = _empty(case)
+        layout = {key: TensorShape(tuple(x.shape), torch.bfloat16) for key, x in model.state_dict().items()}
+        size = sum(2 * x.numel() for x in model.state_dict().values())
+        rows = []
+        for limit in limits:
+            plan = plan_work(spec, layout, 2, max_memory=_bytes(limit), base=600_000_000)
+            sweep = sum(step.flops for step in plan.steps)
+            residual = plan.step_of("residual").flops
+            rows.append(
+                {
+                    "limit": limit,
+                    "peak_gb": round(plan.peak / 1e9, 1),
+                    "residual": plan.step_of("residual").way,
+                    "mlp": plan.step_of("layers.0.mlp").way,
+                    "sweep_cpu_hours": round(sweep / rate / 3600, 2),
+                    "whole_cpu_hours": round((sweep + residual + 0.0) / rate / 3600 + size / writing / 3600, 2),
+                }
+            )
+        try:
+            plan_work(spec, layout, 2, max_memory=1, base=600_000_000)
+        except ValueError as error:
+            least = int(str(error).split("at least ")[1].split()[0])
+        found[name] = {"checkpoint_gb": round(size / 1e9, 1), "least_gb": round(least / 1e9, 1), "rows": rows}
+    return found
+
+
 def about() -> dict[str, Any]:
     """Where this was measured."""
     import transformers
@@ -377,6 +424,8 @@ def main() -> int:
         return 0
     with temporary(given.work) as work:
         result = {"about": about(), **measure(case, work, lambda text: sys.stderr.write(text + "\n"))}
+    if case.name == "llama-8b-width":
+        result["extrapolated"] = extrapolate(result)
     out = given.out or RESULTS / f"scale-{case.name}.json"
     out.write_text(json.dumps(result, indent=None, separators=(",", ":")).replace('"runs"', '\n"runs"') + "\n")
     draw(result, given.plot or ROOT / "docs" / "images" / "scale-memory.png")

@@ -20,7 +20,7 @@ from mudsc_fast.records import PathLike, read_record, write_record
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Tap
 
-_KIND = "activation statistics"
+KIND = "activation statistics"
 
 
 class ActivationStats(Mapping[str, Covariance]):
@@ -53,12 +53,12 @@ class ActivationStats(Mapping[str, Covariance]):
                 else:
                     plain[key] = value
             spaces.append({"name": name, "plain": plain})
-        write_record(path, _KIND, tensors, {"spaces": spaces})
+        write_record(path, KIND, tensors, {"spaces": spaces})
 
     @classmethod
     def load(cls, path: PathLike, device: torch.device | str = "cpu") -> ActivationStats:
         """The statistics that `save` wrote; ValueError if the file is damaged or holds something else."""
-        tensors, header = read_record(path, _KIND)
+        tensors, header = read_record(path, KIND)
         covariances = {}
         try:
             for k, entry in enumerate(header["spaces"]):

@@ -114,7 +114,7 @@ def match(
     widths = merged_widths(spec, method, width, models)
     where = torch.device(device) if device is not None else None
     if where is None and activations:
-        where = next(iter(activations.values())).mean.device
+        where = getattr(activations, "device", None) or next(iter(activations.values())).mean.device
     matcher = Matcher(spec, models, method, weights, activations or {}, balance, widths, attenuation, budget, where)
     if max_memory is not None:
         layout = {} if weights is None else {n: TensorShape(*weights.info(0, n)) for n in weights.in_spec}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 PathLike = str | os.PathLike[str]
 
-_KEY = "mudsc_fast"
+KEY = "mudsc_fast"
 
 
 def write_record(path: PathLike, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ def write_record(path: PathLike, kind: str, tensors: Mapping[str, Tensor], meta:
     from safetensors.torch import save_file
 
     target = Path(path)
-    header = {_KEY: json.dumps({"kind": kind, "version": 1, **meta})}
+    header = {KEY: json.dumps({"kind": kind, "version": 1, **meta})}
     # In the target's own folder: a rename is atomic only inside one file system.
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     os.close(handle)
@@ -47,7 +47,7 @@ def read_record(path: PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str,
         raise FileNotFoundError(f"no such file: {os.fspath(path)}")
     try:
         with safe_open(os.fspath(path), framework="pt") as record:
-            header = json.loads((record.metadata() or {}).get(_KEY, "null"))
+            header = json.loads((record.metadata() or {}).get(KEY, "null"))
             if not isinstance(header, dict) or header.get("kind") != kind:
                 raise ValueError(f"{os.fspath(path)}: not a file of {kind}")
             if header.get("version") != 1:

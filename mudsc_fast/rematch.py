@@ -100,7 +100,7 @@ class Matcher:
                 self.spec, space, self.weights, labels, widths, activation, balance, scope, step.piece, self.device
             )
         terms = self._terms(space, current) if balance > 0 else []
-        if not terms:
+        if not terms and activation is None:
             activation = self.activations.get(space.name)
         return dual_similarity(terms, activation, balance, scope)
 

@@ -29,7 +29,7 @@ MIB = 2**20
 _PIECE = 256 * MIB
 _LEAST_PIECE = 8 * MIB
 # The allocator's and the interpreter's own growth during a run.
-_MARGIN = 96 * MIB
+MARGIN = 96 * MIB
 # Packed columns of a unit that the kernels hold (kGramDepth), and units side by side (kGramPanel).
 _DEPTH, _PANEL = 512, 48
 
@@ -85,7 +85,7 @@ class WorkPlan:
     @property
     def peak(self) -> int:
         """Largest resident size expected, in bytes."""
-        return self.base + _MARGIN + max([self.merge_memory, *(step.memory for step in self.steps)])
+        return self.base + MARGIN + max([self.merge_memory, *(step.memory for step in self.steps)])
 
     def step_of(self, space: str) -> Step:
         """The step that matches a space."""
@@ -106,11 +106,8 @@ class _Sizes:
         item = 8 if any(info.dtype == torch.float64 for _, info in compared) else 4
         self.similarity = (models * n) ** 2 * item if full else (models - 1) * n * n * item
         self.bfloat16 = all(info.dtype == torch.bfloat16 for _, info in compared)
-        rows, others = -(-n // _PANEL), -(-n * (models - 1) // _PANEL)
-        total = -(-n * models // _PANEL)
-        blocks = total * (total + 1) // 2 if full else rows * others
-        self.accumulator = blocks * _PANEL**2 * 8
-        self.packed = (rows * models + 1) * _PANEL * _DEPTH * item
+        self.accumulator = accumulator_bytes(n, models, full)
+        self.packed = (-(-n // _PANEL) * models + 1) * _PANEL * _DEPTH * item
         tensors = [models * _bytes(info) for _, info in compared]
         columns = [prod(info.shape) // max(n, 1) for _, info in compared]
         self.tensors = sum(tensors)
@@ -136,6 +133,12 @@ class _Sizes:
     def streamed(self, piece: int) -> int:
         reading = max(self.largest, min(piece, self.apart)) + self.packed + self.accumulator
         return max(reading, self.accumulator + self.similarity, self.similarity + self.solve)
+
+
+def accumulator_bytes(width: int, models: int, full: bool) -> int:
+    """Bytes of the float64 sums of a Covariance."""
+    rows, others, total = -(-width // _PANEL), -(-width * (models - 1) // _PANEL), -(-width * models // _PANEL)
+    return (total * (total + 1) // 2 if full else rows * others) * _PANEL**2 * 8
 
 
 def resident_bytes() -> int:
@@ -176,7 +179,7 @@ def plan_work(
     """
     base = resident_bytes() if base is None else base
     size = sum(_bytes(info) for info in layout.values())
-    room = None if max_memory is None else max_memory - base - _MARGIN
+    room = None if max_memory is None else max_memory - base - MARGIN
     steps, lacking = [], []
     for tie in _ties(spec) if matching else ():
         step, least = _step(spec, tie, layout, models, method, balance, room)
@@ -186,11 +189,16 @@ def plan_work(
     if room is not None:
         needs = max([*lacking, (least, "writing the merged tensors")], key=lambda need: need[0])
         if needs[0] > room:
-            raise ValueError(
-                f"max_memory: expected at least {base + _MARGIN + needs[0]} bytes "
-                f"({in_words(base + _MARGIN + needs[0])}), which {needs[1]} needs, got {max_memory} "
+            text = (
+                f"max_memory: expected at least {base + MARGIN + needs[0]} bytes "
+                f"({in_words(base + MARGIN + needs[0])}), which {needs[1]} needs, got {max_memory} "
                 f"({in_words(max_memory or 0)}); {in_words(base)} of it are in use before the work begins"
             )
+            if method == "zip":
+                text += (
+                    "; a zip holds the similarities of all units of all models twice, an alignment a quarter of that"
+                )
+            raise ValueError(text)
     return WorkPlan(tuple(steps), base, piece, memory, models * size, size if output is None else output)
 
 

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
         "expert_merging", "experts", "hooks", "journal", "matching", "merging", "plan", "progress", "records",
-        "rematch", "streaming", "weights", "workplan",
+        "rematch", "stats_files", "streaming", "weights", "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip

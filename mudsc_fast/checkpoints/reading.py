@@ -196,7 +196,7 @@ def _read_file(path: Path, allow_torch_load: bool) -> tuple[dict[str, tuple[Tens
     return _read_safetensors(path)
 
 
-class _SafetensorsFile:
+class SafetensorsFile:
     """One safetensors file whose tensors are read, not mapped.
 
     torch maps a whole file privately, which the kernel refuses for a file larger than memory, and touched pages of any
@@ -284,7 +284,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, tuple[TensorInfo, _Source]], dict[str, str]]:
-    source = _SafetensorsFile(path)
+    source = SafetensorsFile(path)
     return {name: (info, source) for name, info in source.infos.items()}, source.metadata
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mudsc_fast.cli import options, processes
+from mudsc_fast.cli import options, processes, work
 
 
 @click.command(short_help="Record activation statistics for merge.")
@@ -37,6 +37,7 @@ from mudsc_fast.cli import options, processes
     help="full: also similarities inside each model, which zip needs. cross: between models, enough for align and half "
     "the work.",
 )
+@work.max_memory
 @options.device
 @options.spec
 @options.force
@@ -50,6 +51,7 @@ def calibrate(
     model_path: str | None,
     batch_size: int,
     scope: str,
+    max_memory: str | None,
     device: str,
     spec_from: str,
     heads: int | None,
@@ -77,6 +79,7 @@ def calibrate(
     from mudsc_fast.cli.models import build_model
     from mudsc_fast.cli.specs import find_spec
     from mudsc_fast.specs import spec_for
+    from mudsc_fast.stats_files import calibrate_to_file
 
     settings = options.settings()
     start = time.perf_counter()
@@ -90,6 +93,18 @@ def calibrate(
         spec = spec_for(models[0], heads=heads, groups=groups)
     else:
         spec = find_spec(opened[0], spec_from, heads, groups)
+    limit = work.limit_of(max_memory)
+    if limit is not None:
+        if world is not None:
+            raise ValueError("--max-memory: several processes hold all statistics each; run one, or leave it out")
+        spaces, passes = calibrate_to_file(
+            models, batches, spec, output, limit, scope, where, progress=not settings.quiet
+        )
+        settings.say(
+            f"calibrated {len(models)} checkpoints on {batches.rows} rows in {passes} passes: {spaces} of "
+            f"{len(spec.spaces)} spaces in {output}, {time.perf_counter() - start:.1f} s"
+        )
+        return
     stats = calibration.calibrate(
         models, batches, spec, scope=scope, device=where, progress=not settings.quiet, group=world
     )

@@ -366,15 +366,20 @@ def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
     """The match, found or loaded, and what the output's header says about it."""
     from mudsc_fast.calibration import ActivationStats
     from mudsc_fast.matching import match
+    from mudsc_fast.stats_files import StatsFile
 
-    request = job.request
+    request, stats = job.request, None
     if job.given is not None and request.plan_from is not None:
         return job.given, {"method": job.given.method, "plan": request.plan_from.name}
     balance = request.used_balance()
+    if request.stats is not None:
+        # Under a limit each space's statistics are read when it is matched.
+        read = ActivationStats.load if job.limit is None else StatsFile
+        stats = read(request.stats, device=job.device)
     plan = match(
         job.states,
         job.spec,
-        None if request.stats is None else ActivationStats.load(request.stats, device=job.device),
+        stats,
         method=request.method,
         balance=balance,
         width=request.width,

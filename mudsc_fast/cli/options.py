@@ -36,8 +36,9 @@ class Settings:
 
 
 def settings() -> Settings:
-    """The settings of the run that is on."""
-    found = click.get_current_context().find_object(Settings)
+    """The settings of the run that is on; the usual ones where these functions are called from elsewhere."""
+    context = click.get_current_context(silent=True)
+    found = None if context is None else context.find_object(Settings)
     return found if found is not None else Settings()
 
 

@@ -1,0 +1,172 @@
+"""Activation statistics that stay on disk: a space's covariance is read when it is asked for, and nothing is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mudsc_fast.calibration import KIND, calibrate
+from mudsc_fast.checkpoints import CheckpointWriter, TensorInfo
+from mudsc_fast.checkpoints.reading import SafetensorsFile
+from mudsc_fast.covariance import Covariance
+from mudsc_fast.progress import Progress
+from mudsc_fast.records import KEY, PathLike
+from mudsc_fast.workplan import MARGIN, accumulator_bytes, in_words, resident_bytes
+
+if TYPE_CHECKING:
+    from mudsc_fast.spec import PermutationSpec
+
+
+class StatsInfo(NamedTuple):
+    """What is known of a space's statistics before they are read."""
+
+    width: int
+    models: int
+    scope: str
+
+
+class StatsFile(Mapping[str, Covariance]):
+    """The statistics that ``ActivationStats.save`` or ``join_stats`` wrote, read space by space.
+
+    device: where a covariance goes when it is read. ValueError for a file that holds something else.
+    """
+
+    def __init__(self, path: PathLike, device: torch.device | str = "cpu") -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        self.device = torch.device(device)
+        self._file = SafetensorsFile(self.path)
+        try:
+            header = json.loads(self._file.metadata.get(KEY, "null"))
+            if not isinstance(header, dict) or header.get("kind") != KIND or header.get("version") != 1:
+                raise ValueError(f"not a file of {KIND}")
+            self._plain: dict[str, dict[str, Any]] = {str(e["name"]): dict(e["plain"]) for e in header["spaces"]}
+            self._number = {name: k for k, name in enumerate(self._plain)}
+            for name in self._plain:
+                self.info(name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: damaged, or no statistics: {error}") from error
+
+    def info(self, name: str) -> StatsInfo:
+        """Width, number of models and scope of a space, without reading its statistics."""
+        plain = self._plain[name]
+        return StatsInfo(int(plain["width"]), int(plain["models"]), "cross" if plain["cross"] else "full")
+
+    def tensors(self, name: str) -> dict[str, str]:
+        """{entry of the covariance's state: its name in the file}."""
+        prefix = f"{self._number[name]}."
+        return {key.removeprefix(prefix): key for key in self._file.infos if key.startswith(prefix)}
+
+    def __getitem__(self, name: str) -> Covariance:
+        plain = self._plain[name]
+        state = {key: self._file.get_tensor(stored).to(self.device) for key, stored in self.tensors(name).items()}
+        try:
+            return Covariance.from_state_dict({**state, **plain})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.path}: damaged statistics of space {name!r}: {error!r}") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._plain
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plain)
+
+    def __len__(self) -> int:
+        return len(self._plain)
+
+
+def calibrate_to_file(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    spec: PermutationSpec,
+    path: PathLike,
+    max_memory: int,
+    scope: str = "full",
+    device: torch.device | str | None = None,
+    progress: Progress = False,
+) -> tuple[int, int]:
+    """Record the statistics that ``calibrate`` gives straight into a file, within `max_memory` bytes.
+
+    Spaces whose statistics do not fit together beside the models are recorded in groups, one pass over the batches
+    each; `batches` is read once a group. Other arguments as in ``calibrate``.
+
+    Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if one space does not fit.
+    """
+    groups = groups_of(spec, len(models), scope, max_memory - resident_bytes() - MARGIN)
+    target = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        parts = []
+        for k, group in enumerate(groups):
+            part = Path(folder) / f"{k}.safetensors"
+            calibrate(models, batches, only_taps_of(spec, group), scope, device, progress=progress).save(part)
+            parts.append(part)
+        join_stats(parts, target, [space.name for space in spec.spaces])
+    return sum(map(len, groups)), len(groups)
+
+
+def join_stats(parts: Sequence[PathLike], path: PathLike, order: Sequence[str]) -> None:
+    """Write the statistics of several files into one, tensor by tensor, whole or not at all.
+
+    order: the spaces, as they shall stand in the file; those that no part has are left out.
+    """
+    files = [StatsFile(part) for part in parts]
+    found = {name: file for file in files for name in file}
+    layout: dict[str, TensorInfo] = {}
+    sources: dict[str, tuple[StatsFile, str]] = {}
+    spaces: list[dict[str, Any]] = []
+    for name in order:
+        if name in found:
+            file = found[name]
+            for key, stored in file.tensors(name).items():
+                layout[f"{len(spaces)}.{key}"] = file._file.infos[stored]
+                sources[f"{len(spaces)}.{key}"] = file, stored
+            spaces.append({"name": name, "plain": file._plain[name]})
+    target = Path(path)
+    made = target.with_name(f".{target.name}.{secrets.token_hex(4)}.safetensors")
+    header = {KEY: json.dumps({"kind": KIND, "version": 1, "spaces": spaces})}
+    with CheckpointWriter(made, layout, metadata=header) as writer:
+        for name, (file, stored) in sources.items():
+            writer.write(name, file._file.get_tensor(stored))
+    os.replace(made, target)
+
+
+def groups_of(spec: PermutationSpec, models: int, scope: str, room: int) -> list[list[str]]:
+    """Tapped spaces in groups whose statistics fit in `room` bytes together, in the spec's order.
+
+    ValueError, which says how much is needed, if the statistics of one space alone do not fit.
+    """
+    groups: list[list[str]] = []
+    filled = 0
+    for space in spec.spaces:
+        if not space.taps:
+            continue
+        size = accumulator_bytes(space.width, models, scope == "full")
+        if size > room:
+            raise ValueError(
+                f"max_memory: the statistics of space {space.name!r} ({space.width} units, scope {scope!r}) need "
+                f"{in_words(size)}, and {in_words(max(room, 0))} are left beside the models"
+                + ("" if scope == "cross" else "; scope 'cross', which is enough to align, needs less")
+            )
+        if not groups or filled + size > room:
+            groups.append([])
+            filled = 0
+        groups[-1].append(space.name)
+        filled += size
+    return groups
+
+
+def only_taps_of(spec: PermutationSpec, names: Sequence[str]) -> PermutationSpec:
+    """The spec, in which other spaces are not listened to."""
+    wanted = set(names)
+    spaces = tuple(space if space.name in wanted else replace(space, taps=()) for space in spec.spaces)
+    return replace(spec, spaces=spaces)

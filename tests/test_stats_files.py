@@ -1,0 +1,71 @@
+"""Statistics that do not fit in memory: recorded in groups of spaces, joined on disk, read one space at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline_cases import ARCHITECTURES
+
+import mudsc_fast as mf
+from mudsc_fast import stats_files
+from mudsc_fast.stats_files import StatsFile, calibrate_to_file, groups_of, join_stats
+from mudsc_fast.workplan import MARGIN, accumulator_bytes
+
+
+@pytest.mark.parametrize("scope", ["full", "cross"])
+@pytest.mark.parametrize("kind", ["mlp", "resnet", "vit", "rope"])
+def test_groups_give_what_one_pass_gives(
+    kind: str, scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = ARCHITECTURES[kind]
+    models, batches, spec = architecture.models(2), architecture.batches(3), architecture.spec
+    whole = mf.calibrate(models, batches, spec, scope=scope)
+    monkeypatch.setattr(stats_files, "resident_bytes", lambda: 0)
+    largest = max(accumulator_bytes(spec[name].width, 2, scope == "full") for name in whole)
+    path = tmp_path / "stats.safetensors"
+    spaces, passes = calibrate_to_file(models, batches, spec, path, MARGIN + largest, scope)
+    assert spaces == len(whole)
+    assert passes == len(groups_of(spec, 2, scope, largest)) > 1
+    assert [file.name for file in tmp_path.iterdir()] == ["stats.safetensors"]
+    lazy, loaded = StatsFile(path), mf.ActivationStats.load(path)
+    assert list(lazy) == list(loaded) == [space.name for space in spec.spaces if space.taps]
+    for name in whole:
+        assert lazy.info(name) == (spec[name].width, 2, scope)
+        assert torch.equal(lazy[name].correlation(), whole[name].correlation())
+        assert torch.equal(loaded[name].correlation(), whole[name].correlation())
+    with pytest.raises(ValueError, match=r"max_memory: the statistics of space .* need"):
+        calibrate_to_file(models, batches, spec, tmp_path / "no", MARGIN + largest - 1, scope)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("balance", [0, 0.5, 1.0])
+def test_a_match_reads_them_space_by_space(balance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = ARCHITECTURES["resnet"]
+    models, spec = architecture.models(2), architecture.spec
+    stats = mf.calibrate(models, architecture.batches(), spec)
+    stats.save(tmp_path / "s.safetensors")
+    states = [model.state_dict() for model in models]
+    expected = mf.match(states, spec, stats, balance=balance)
+    lazy = StatsFile(tmp_path / "s.safetensors")
+    read: list[str] = []
+    true = StatsFile.__getitem__
+    monkeypatch.setattr(StatsFile, "__getitem__", lambda self, name: read.append(name) or true(self, name))
+    found = mf.match(states, spec, lazy, balance=balance, max_memory=10**11)
+    assert all(torch.equal(found.labels[name], expected.labels[name]) for name in expected.labels)
+    # Each visit reads its own space, and nothing looks through all of them beforehand.
+    assert len(read) == len(stats) if balance in (0, 1.0) else len(read) > len(stats)
+
+
+def test_files_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        StatsFile(tmp_path / "none")
+    mf.match([m.state_dict() for m in ARCHITECTURES["mlp"].models(2)], ARCHITECTURES["mlp"].spec).save(tmp_path / "p")
+    with pytest.raises(ValueError, match="damaged, or no statistics: not a file of activation statistics"):
+        StatsFile(tmp_path / "p")
+    (tmp_path / "q").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        StatsFile(tmp_path / "q")
+    with pytest.raises(ValueError, match="layout: expected at least one tensor"):
+        join_stats([], tmp_path / "r.safetensors", ["a"])

@@ -22,7 +22,7 @@ SETUP    = $(PYTHON) scripts/setup_venv.py --venv $(VENV) --torch "$(TORCH)" --r
 PACKAGE := $(STAMPS)/package-$(WERROR)-$(CUDA)
 MINIMUM_COVERAGE := 90
 
-.PHONY: help build demo test lint mypy bench gpu sanitize clean
+.PHONY: help build demo test lint mypy bench scale gpu sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test      build and run all tests (ARGS='tests/test_regroup.py -k bf16' for some of them)"
 	@echo "make lint      ruff, mypy, clang-format, codespell"
 	@echo "make bench     benchmarks against peers"
+	@echo "make scale     two checkpoints of Llama-3-8B's width merged within 4 GB; needs 8 GB of disk and some minutes"
 	@echo "make gpu       the tests that need a GPU; says so where there is none"
 	@echo "make sanitize  the op tests with the C++ code under AddressSanitizer and UBSan"
 	@echo "make build     only .venv and the compiled package;  make clean  removes .venv, build and outputs"
@@ -73,6 +74,9 @@ mypy: $(STAMPS)/with-dev
 
 bench: $(PACKAGE) $(STAMPS)/with-bench
 	$(VENV)/bin/mudsc-fast bench $(ARGS)
+
+scale: $(PACKAGE) $(STAMPS)/with-hf $(STAMPS)/with-plot
+	$(PY) -m benchmarks.scale $(ARGS)
 
 gpu:
 	@$(PYTHON) scripts/gpu_check.py

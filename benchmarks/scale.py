@@ -333,6 +333,42 @@ def extrapolate(result: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def tables(result: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The lines of the two tables in docs/scale.md: the measured steps, and whole models."""
+    case, run = result["case"], result["runs"]["merge"]
+    visits: dict[str, list[Mapping[str, Any]]] = {}
+    for step in run["steps"]:
+        if "visit" in step:
+            kind = step["visit"][0].split(".")[-1]
+            name = {"residual": "the residual stream", "mlp": "an MLP"}.get(kind, "the heads of a layer")
+            visits.setdefault(name, []).append(step)
+    lines = ["| step | how | visits | CPU seconds each |", "|---|---|---|---|"]
+    for name, steps in visits.items():
+        each = sum(step["cpu_seconds"] for step in steps) / len(steps)
+        ways = " and ".join(sorted({"one by one" if step["way"] == "streamed" else "together" for step in steps}))
+        lines.append(f"| {name} | {ways} | {len(steps)} | {each:.1f} |")
+    begin = next(step for step in run["steps"] if step.get("write") == "begin")
+    end = next(step for step in run["steps"] if step.get("write") == "end")
+    first = next(step for step in run["steps"] if "visit" in step)
+    writing = (end["cpu"] - begin["cpu"]) / case["layers"]
+    lines += [
+        f"| reading, averaging and writing a layer | | {case['layers']} | {writing:.1f} |",
+        f"| start: imports, tracing the spec | | 1 | {first['cpu'] - first['cpu_seconds']:.1f} |",
+        f"| the whole command | | 1 | {run['cpu_seconds']:.0f} |",
+    ]
+    wide = ["| model | limit | residual stream | MLPs | peak | a sweep, CPU | the match above and the merge, CPU |"]
+    wide.append("|---|---|---|---|---|---|---|")
+    words = {"joint": "together", "streamed": "one by one"}
+    for name in LARGE:
+        found = result["extrapolated"][name]
+        for row in found["rows"]:
+            cells = [f"{name} ({found['checkpoint_gb']} GB; least {found['least_gb']} GB)", row["limit"]]
+            cells += [words[row["residual"]], words[row["mlp"]], f"{row['peak_gb']} GB"]
+            cells += [f"{row['sweep_cpu_hours']} h", f"{row['whole_cpu_hours']} h"]
+            wide.append("| " + " | ".join(cells) + " |")
+    return lines, wide
+
+
 def about() -> dict[str, Any]:
     """Where this was measured."""
     import transformers

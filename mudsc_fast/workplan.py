@@ -195,9 +195,7 @@ def plan_work(
                 f"({in_words(max_memory or 0)}); {in_words(base)} of it are in use before the work begins"
             )
             if method == "zip":
-                text += (
-                    "; a zip holds the similarities of all units of all models twice, an alignment a quarter of that"
-                )
+                text += "; a zip holds the similarities of all units twice, for two models eight times what align holds"
             raise ValueError(text)
     return WorkPlan(tuple(steps), base, piece, memory, models * size, size if output is None else output)
 
@@ -235,7 +233,7 @@ def _step(
     quick = room is not None and all(s.bfloat16 for s in sizes) and streamed(piece) <= room
     if room is None or (joint <= room and not quick):
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
-    if streamed(piece) > joint:
+    if not quick and streamed(piece) > joint:
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
     return Step(names, width, "streamed", piece, streamed(piece), flops, read), min(joint, streamed(piece))
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline_cases import ARCHITECTURES
+from safetensors.torch import load_file, save_file
 
 import mudsc_fast as mf
 from mudsc_fast import stats_files
+from mudsc_fast.cli import main
 from mudsc_fast.stats_files import StatsFile, calibrate_to_file, groups_of, join_stats
 from mudsc_fast.workplan import MARGIN, accumulator_bytes
 
@@ -69,3 +71,28 @@ def test_files_of_something_else(tmp_path: Path) -> None:
         StatsFile(tmp_path / "q")
     with pytest.raises(ValueError, match="layout: expected at least one tensor"):
         join_stats([], tmp_path / "r.safetensors", ["a"])
+
+
+def test_the_command_line_calibrates_in_groups_and_reads_lazily(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    architecture = ARCHITECTURES["resnet"]
+    for m, model in enumerate(architecture.models(2)):
+        save_file(model.state_dict(), f"{m}.safetensors")
+    Path("groupednet.py").write_text(
+        "from networks import ResNet\n\n\ndef build():\n    return ResNet((1, 1), 5, channels=2, num_outputs=4)\n"
+    )
+    save_file({"x": torch.cat(architecture.batches())}, "x.safetensors")
+    call = ["calibrate", "0.safetensors", "1.safetensors", "--model", "groupednet:build", "--inputs", "x.safetensors"]
+    assert main([*call, "-o", "whole.safetensors"]) == 0
+    assert main([*call, "-o", "grouped.safetensors", "--max-memory", "100GB"]) == 0
+    assert "in 1 passes" in capsys.readouterr().err
+    assert main([*call, "-o", "no.safetensors", "--max-memory", "1MB"]) == 2
+    assert "max_memory: the statistics of space" in capsys.readouterr().err
+    merge = ["merge", "0.safetensors", "1.safetensors", "-q", "--stats"]
+    assert main([*merge, "whole.safetensors", "-o", "a.safetensors"]) == 0
+    assert main([*merge, "grouped.safetensors", "-o", "b.safetensors", "--max-memory", "100GB"]) == 0
+    first, second = load_file("a.safetensors"), load_file("b.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -206,3 +206,46 @@ def test_cuda_agrees_with_the_cpu(shape: tuple[int, ...], dtype: torch.dtype) ->
                 got = mf.regroup(tensor.cuda(), labels, dim, shape[dim], torch.rand(shape[dim]).fill_(0.75))
                 want = mf.regroup(tensor, labels, dim, shape[dim], torch.rand(shape[dim]).fill_(0.75))
                 assert torch.equal(got.cpu(), want)
+
+
+TILED = ((16, 33), (65, 129), (31, 300), (7, 21, 3, 3), (3, 40, 2), (2, 19, 17))
+
+
+@pytest.mark.parametrize("shape", TILED, ids=str)
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.int8], ids=str)
+def test_tiles_of_rows_and_short_runs(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whole tiles, one row or unit past them, and units of a few elements; nothing outside the result is written."""
+    generator = torch.Generator().manual_seed(5)
+    tensor = (torch.randn(shape, generator=generator) * 20).to(dtype)
+    units = shape[1]
+    order = torch.randperm(units, generator=generator)
+    around = torch.zeros(shape[0] + 2, *shape[1:], dtype=dtype)
+    mf.regroup(tensor, order.argsort(), 1, units, out=around[1:-1])
+    assert torch.equal(around[1:-1], tensor.index_select(1, order))
+    assert not around[0].any()
+    assert not around[-1].any()
+    sparse = torch.arange(units) * 3 // 2
+    got = mf.regroup(tensor, sparse, 1, int(sparse.max()) + 2)
+    assert torch.equal(got.index_select(1, sparse), tensor)
+    assert int((got != 0).sum()) == int((tensor != 0).sum())
+    if dtype == torch.int8:
+        return
+    labels = torch.randint(units // 2 + 1, (units,), generator=generator)
+    scale = torch.rand(units // 2 + 1, generator=generator) + 0.5
+    got = mf.regroup(tensor, labels, 1, units // 2 + 1, scale)
+    want = mf.reference.regroup(tensor, labels, 1, units // 2 + 1, scale)
+    allowed = TOLERANCE[dtype] * mf.reference.regroup(tensor.abs(), labels, 1, units // 2 + 1, scale) + 1e-7
+    assert bool(((got.double() - want).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 33), (3, 33, 3, 3), (3, 33, 40)], ids=str)
+def test_sums_keep_what_is_not_finite(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.ones(shape, dtype=dtype)
+    tensor[1, 4] = float("nan")
+    tensor[2, 6] = float("inf")
+    tensor[0, 8], tensor[0, 9] = float("inf"), -float("inf")
+    got = mf.regroup(tensor, torch.arange(33) // 2, 1, 17)
+    want = mf.reference.regroup(tensor, torch.arange(33) // 2, 1, 17)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(0.0, 9.0, -9.0).double(), want.nan_to_num(0.0, 9.0, -9.0))

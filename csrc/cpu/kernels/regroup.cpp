@@ -1,158 +1,53 @@
 // Gather and segment sum along one axis of a strided tensor. Limited by memory: every element is read once and written
 // once, in runs as long as the strides allow; large results bypass the cache, which saves reading what is overwritten.
-#if defined(__SSE2__)
-#include <immintrin.h>
+#if defined(__linux__)
+#include <unistd.h>
 #endif
 
-#include "cpu/common.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/regroup_short.h"
+#include "cpu/kernels/regroup_tile.h"
 
 namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
 constexpr int64_t kTaskBytes = 256 << 10;
-constexpr int64_t kStreamFromBytes = 8 << 20;  // results beyond this would not stay in a core's cache anyway
-constexpr int64_t kShort = 192;                // bytes copied without a call
+constexpr int64_t kStreamFromBytes = 8 << 20;  // at least; see cache_bytes
 constexpr int64_t kBlockBytes = 2048;          // of a row, gathered in L1 before it is stored in whole lines
 constexpr int64_t kRowsInCache = 16 << 10;     // rows gathered at once must leave room in L1 for the index
+constexpr int64_t kTileUnits = 64 << 10;       // of an axis that is regrouped in tiles
 constexpr int64_t kRun = 512;  // elements summed in registers and L1 before they are converted and stored
 
-// The other axes, sorted so that the last is walked innermost, with neighbours merged where strides allow.
-struct Layout {
-    int n = 0;  // without the unit axis
-    int64_t shape[kMaxDims], in[kMaxDims], out[kMaxDims];
-    int64_t units, unit_in, unit_out;
-    int64_t inner = 1, inner_in = 0, inner_out = 0;  // the last axis, taken off the list
-    int64_t outer = 1;                               // product of the rest
-};
-
-Layout canonical(const RegroupArgs& a) {
-    Layout l;
-    l.units = a.shape[a.dim];
-    l.unit_in = a.in_strides[a.dim];
-    l.unit_out = a.out_strides[a.dim];
-    for (int d = 0; d < a.ndim; ++d) {
-        if (d == a.dim || a.shape[d] == 1) continue;
-        int at = l.n++;
-        for (; at > 0 && llabs(l.out[at - 1]) < llabs(a.out_strides[d]); --at) {
-            l.shape[at] = l.shape[at - 1];
-            l.in[at] = l.in[at - 1];
-            l.out[at] = l.out[at - 1];
-        }
-        l.shape[at] = a.shape[d];
-        l.in[at] = a.in_strides[d];
-        l.out[at] = a.out_strides[d];
-    }
-    for (int d = l.n - 2; d >= 0; --d) {
-        if (l.in[d] != l.in[d + 1] * l.shape[d + 1] || l.out[d] != l.out[d + 1] * l.shape[d + 1]) continue;
-        l.shape[d] *= l.shape[d + 1];
-        l.in[d] = l.in[d + 1];
-        l.out[d] = l.out[d + 1];
-        for (int e = d + 1; e + 1 < l.n; ++e) {
-            l.shape[e] = l.shape[e + 1];
-            l.in[e] = l.in[e + 1];
-            l.out[e] = l.out[e + 1];
-        }
-        --l.n;
-    }
-    // Where the units themselves lie side by side, a row of units is the run, and every other axis is walked outside
-    // it.
-    if (l.n > 0 && l.unit_out != 1) {
-        --l.n;
-        l.inner = l.shape[l.n];
-        l.inner_in = l.in[l.n];
-        l.inner_out = l.out[l.n];
-    }
-    for (int d = 0; d < l.n; ++d) l.outer *= l.shape[d];
-    return l;
-}
-
-void offsets(const Layout& l, int64_t index, int64_t* in, int64_t* out) {
-    *in = *out = 0;
-    for (int d = l.n - 1; d >= 0; --d) {
-        const int64_t i = index % l.shape[d];
-        index /= l.shape[d];
-        *in += i * l.in[d];
-        *out += i * l.out[d];
-    }
-}
-
-// Copies a few bytes without a call: whole steps, then one that ends where the run ends.
-template <int Step>
-inline void copy_steps(char* out, const char* in, int64_t bytes) {
-    for (int64_t i = 0; i + Step <= bytes; i += Step) memcpy(out + i, in + i, Step);
-    memcpy(out + bytes - Step, in + bytes - Step, Step);
-}
-
-inline void copy_short(char* out, const char* in, int64_t bytes) {
-    if (bytes >= 16) {
-        copy_steps<16>(out, in, bytes);
-    } else if (bytes >= 4) {
-        copy_steps<4>(out, in, bytes);
-    } else {
-        for (int64_t i = 0; i < bytes; ++i) out[i] = in[i];
-    }
-}
-
-// Copies a run of contiguous bytes; past the cache when `stream`, a whole line at a time where the registers allow.
-// `next` is where the following run will be read: the hardware does not foresee a jump, so its lines are asked for
-// here.
-inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, const char* next) {
-    if (bytes <= kShort) {
-        copy_short(out, in, bytes);
-        return;
-    }
-#if defined(__SSE2__)
-    if (stream) {
-        const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63;
-        memcpy(out, in, static_cast<size_t>(head));
-        int64_t i = head;
-        for (; i + kCacheLine <= bytes; i += kCacheLine) {
-            __builtin_prefetch(next + i);
-#if defined(__AVX512F__)
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+// Results beyond this would not stay in the last cache anyway.
+int64_t cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    return min64(max64(sysconf(_SC_LEVEL3_CACHE_SIZE), kStreamFromBytes), 4 * kStreamFromBytes);
 #else
-            for (int64_t part = i; part < i + kCacheLine; part += 16) {
-                const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + part));
-                _mm_stream_si128(reinterpret_cast<__m128i*>(out + part), x);
-            }
-#endif
-        }
-        memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
-        return;
-    }
-#endif
-    (void)stream;
-    (void)next;
-    memcpy(out, in, static_cast<size_t>(bytes));
-}
-
-void fence() {
-#if defined(__SSE2__)
-    _mm_sfence();
+    return kStreamFromBytes;
 #endif
 }
-
-// What a worker needs besides the arguments: where each member lies on the unit axis, in elements.
-struct Plan {
-    const RegroupArgs& a;
-    const Layout& l;
-    const int64_t* at;    // [members]
-    const int32_t* near;  // [members] the same where rows of units are gathered: half the cache
-    bool full;            // every unit has one member exactly, so unit j's is at[j]
-    bool stream;
-};
 
 // Elements that are only moved.
 template <typename T>
 struct Mover {
     using Element = T;
+    static constexpr bool kSums = false;
     const Plan& p;
 
     // Runs of inner elements that are contiguous on both sides.
     void contiguous(T* out, const T* in, int64_t j0, int64_t j1) const {
-        const int64_t bytes = p.l.inner * static_cast<int64_t>(sizeof(T));
+        const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = p.l.inner * size;
+        if (p.packed && bytes <= 128) {
+            const int64_t readable = p.in_units * bytes;
+            char* to = reinterpret_cast<char*>(out);
+            const char* from = reinterpret_cast<const char*>(in);
+            const auto move = bytes <= 16   ? move_short<16>
+                              : bytes <= 32 ? move_short<32>
+                              : bytes <= 64 ? move_short<64>
+                                            : move_short<128>;
+            move(to, from, p.a.ptr, p.at, size, bytes, readable, j0, j1);
+            return;
+        }
         for (int64_t j = j0; j < j1; ++j) {
             char* to = reinterpret_cast<char*>(out + j * p.l.unit_out);
             const int64_t first = p.full ? j : p.a.ptr[j];
@@ -189,6 +84,7 @@ struct Mover {
 template <typename T, typename Acc>
 struct Summer {
     using Element = T;
+    static constexpr bool kSums = true;
     const Plan& p;
 
     static Acc widen(T x) {
@@ -208,6 +104,11 @@ struct Summer {
     Acc factor(int64_t j) const { return p.a.scale != nullptr ? static_cast<Acc>(p.a.scale[j]) : Acc{1}; }
 
     void contiguous(T* out, const T* in, int64_t j0, int64_t j1) const {
+        if (p.packed && p.l.inner <= kWide) {
+            const int64_t readable = p.in_units * p.l.inner;
+            sum_short<T, Acc>(out, in, p.a.ptr, p.at, p.a.scale, p.l.inner, readable, j0, j1);
+            return;
+        }
         for (int64_t j = j0; j < j1; ++j) run(out + j * p.l.unit_out, in, j);
     }
 
@@ -217,7 +118,14 @@ struct Summer {
         if (last - first == 2) {
             // The usual zip, one unit of each model or two of one: no detour through a buffer.
             const T *x = in + p.at[first], *y = in + p.at[first + 1];
-            for (int64_t k = 0; k < p.l.inner; ++k) out[k] = narrow((widen(x[k]) + widen(y[k])) * by);
+            int64_t k = 0;
+            for (; k + kWide <= p.l.inner; k += kWide) {
+                WideSum<T> sum;
+                sum.add(x + k);
+                sum.add(y + k);
+                sum.store(out + k, by);
+            }
+            for (; k < p.l.inner; ++k) out[k] = narrow((widen(x[k]) + widen(y[k])) * by);
             return;
         }
         Acc sum[kRun];
@@ -231,6 +139,18 @@ struct Summer {
             for (int64_t k = 0; k < n; ++k) out[i + k] = narrow(sum[k] * by);
         }
     }
+
+#if defined(MUDSC_TILES)
+    // Units [j, j + n) of a tile, each as a line.
+    void lines(const char* from, const int32_t* at, int64_t j, int64_t n, char* to) const {
+        int64_t m = p.a.ptr[j];
+        for (int64_t k = 0; k < n; ++k) {
+            LineSum<T> sum;
+            for (const int64_t end = p.a.ptr[j + k + 1]; m < end; ++m) sum.add(from + at[m]);
+            sum.store(to + k * kVector, factor(j + k));
+        }
+    }
+#endif
 
     template <int Rows>
     void block(T (*to)[kBlockBytes / sizeof(T)], const T* const* in, int64_t j, int64_t n) const {
@@ -343,6 +263,61 @@ void run(const Plan& p) {
     });
 }
 
+#if defined(MUDSC_TILES)
+// Rows of units in tiles. False where the layout is another one, there are too few rows to fill a tile, or no memory.
+template <typename Worker>
+bool run_tiles(const Plan& p) {
+    using T = typename Worker::Element;
+    constexpr int64_t R = kTileRows<T>, size = static_cast<int64_t>(sizeof(T)), in_vector = kVector / size;
+    const Layout& l = p.l;
+    if (l.unit_in != 1 || l.unit_out != 1 || l.outer < R / 2 || l.units < in_vector) return false;
+    const int64_t members = p.a.ptr[l.units];
+    Tiling t;
+    t.in_units = p.in_units;
+    if (t.in_units > kTileUnits || t.in_units < in_vector / 2) return false;
+    const int64_t padded = ceil_div(l.units, in_vector) * in_vector;
+    Buffer<int32_t> at(Worker::kSums ? members : padded), in_order(in_vector);
+    if (!at || !in_order) return false;
+    const auto offset = [](int64_t unit) { return static_cast<int32_t>(unit * kVector); };
+    for (int64_t k = 0; k < in_vector; ++k) in_order[k] = offset(k);
+    if (Worker::kSums) {
+        for (int64_t m = 0; m < members; ++m) at[m] = offset(p.a.members[m]);
+    } else {
+        for (int64_t j = 0; j < padded; ++j) {
+            const bool some = j < l.units && p.a.ptr[j] < p.a.ptr[j + 1];
+            at[j] = offset(some ? p.a.members[p.a.ptr[j]] : t.in_units);
+        }
+    }
+    t.at = at.get();
+    t.in_order = in_order.get();
+    const Worker work{p};
+    const int64_t row_bytes = max64(l.units, t.in_units) * size;
+    const int64_t tiles_a_task = max64(1, kTaskBytes / (row_bytes * R));
+    const int64_t tasks = ceil_div(l.outer, tiles_a_task * R);
+    const int workers = static_cast<int>(min64(max64(1, p.a.threads), tasks));
+    const int64_t line_bytes = (t.in_units + 16) * kVector;  // the last block of units may go past the end
+    Buffer<char> lines(workers * line_bytes);
+    if (!lines) return false;
+    parallel_each(workers, tasks, [&](int64_t task, int worker) {
+        const int64_t end = min64((task + 1) * tiles_a_task * R, l.outer);
+        char* mine = lines.get() + worker * line_bytes;
+        for (int64_t o = task * tiles_a_task * R; o < end; o += R) tile(work, t, mine, o, min64(R, end - o));
+        if (p.stream) fence();
+    });
+    return true;
+}
+#else
+template <typename Worker>
+bool run_tiles(const Plan&) {
+    return false;
+}
+#endif
+
+template <typename Worker>
+void run_best(const Plan& p) {
+    if (!run_tiles<Worker>(p)) run<Worker>(p);
+}
+
 struct Wide {
     uint64_t half[2];
 };
@@ -372,23 +347,26 @@ Status regroup(const RegroupArgs& a) {
         single = a.ptr[j + 1] - a.ptr[j] <= 1;
         full = full && a.ptr[j] == j;
     }
+    int64_t in_units = 0;
+    for (int64_t m = 0; m < members; ++m) in_units = max64(in_units, a.members[m] + 1);
+    const bool packed = l.unit_in == l.inner && l.unit_out == l.inner;
     const int64_t bytes = l.outer * l.units * l.inner * a.element_bytes;
-    const Plan plan{a, l, at.get(), fits ? near.get() : nullptr, full, bytes >= kStreamFromBytes};
+    const Plan plan{a, l, at.get(), fits ? near.get() : nullptr, in_units, packed, full, bytes > cache_bytes()};
     if (single) {
         switch (a.element_bytes) {
-            case 1: run<Mover<uint8_t>>(plan); return Status::ok;
-            case 2: run<Mover<uint16_t>>(plan); return Status::ok;
-            case 4: run<Mover<uint32_t>>(plan); return Status::ok;
-            case 8: run<Mover<uint64_t>>(plan); return Status::ok;
+            case 1: run_best<Mover<uint8_t>>(plan); return Status::ok;
+            case 2: run_best<Mover<uint16_t>>(plan); return Status::ok;
+            case 4: run_best<Mover<uint32_t>>(plan); return Status::ok;
+            case 8: run_best<Mover<uint64_t>>(plan); return Status::ok;
             case 16: run<Mover<Wide>>(plan); return Status::ok;
             default: return Status::unsupported;
         }
     }
     switch (a.dtype) {
-        case Dtype::f64: run<Summer<double, double>>(plan); return Status::ok;
-        case Dtype::f32: run<Summer<float, float>>(plan); return Status::ok;
-        case Dtype::f16: run<Summer<f16, float>>(plan); return Status::ok;
-        case Dtype::bf16: run<Summer<bf16, float>>(plan); return Status::ok;
+        case Dtype::f64: run_best<Summer<double, double>>(plan); return Status::ok;
+        case Dtype::f32: run_best<Summer<float, float>>(plan); return Status::ok;
+        case Dtype::f16: run_best<Summer<f16, float>>(plan); return Status::ok;
+        case Dtype::bf16: run_best<Summer<bf16, float>>(plan); return Status::ok;
         default: return Status::unsupported;
     }
 }

@@ -1,0 +1,161 @@
+// What regroup's parts share: how the axes of a tensor lie in memory, and copies of runs that bypass the cache.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/common.h"
+#include "cpu/kernels.h"
+
+namespace mudsc {
+namespace MUDSC_ISA {
+namespace {
+
+constexpr int64_t kShort = 192;  // bytes copied without a call
+
+// The other axes, sorted so that the last is walked innermost, with neighbours merged where strides allow.
+struct Layout {
+    int n = 0;  // without the unit axis
+    int64_t shape[kMaxDims], in[kMaxDims], out[kMaxDims];
+    int64_t units, unit_in, unit_out;
+    int64_t inner = 1, inner_in = 0, inner_out = 0;  // the last axis, taken off the list
+    int64_t outer = 1;                               // product of the rest
+};
+
+Layout canonical(const RegroupArgs& a) {
+    Layout l;
+    l.units = a.shape[a.dim];
+    l.unit_in = a.in_strides[a.dim];
+    l.unit_out = a.out_strides[a.dim];
+    for (int d = 0; d < a.ndim; ++d) {
+        if (d == a.dim || a.shape[d] == 1) continue;
+        int at = l.n++;
+        for (; at > 0 && llabs(l.out[at - 1]) < llabs(a.out_strides[d]); --at) {
+            l.shape[at] = l.shape[at - 1];
+            l.in[at] = l.in[at - 1];
+            l.out[at] = l.out[at - 1];
+        }
+        l.shape[at] = a.shape[d];
+        l.in[at] = a.in_strides[d];
+        l.out[at] = a.out_strides[d];
+    }
+    for (int d = l.n - 2; d >= 0; --d) {
+        if (l.in[d] != l.in[d + 1] * l.shape[d + 1] || l.out[d] != l.out[d + 1] * l.shape[d + 1]) continue;
+        l.shape[d] *= l.shape[d + 1];
+        l.in[d] = l.in[d + 1];
+        l.out[d] = l.out[d + 1];
+        for (int e = d + 1; e + 1 < l.n; ++e) {
+            l.shape[e] = l.shape[e + 1];
+            l.in[e] = l.in[e + 1];
+            l.out[e] = l.out[e + 1];
+        }
+        --l.n;
+    }
+    // Where the units themselves lie side by side, a row of units is the run, and every other axis is walked outside
+    // it.
+    if (l.n > 0 && l.unit_out != 1) {
+        --l.n;
+        l.inner = l.shape[l.n];
+        l.inner_in = l.in[l.n];
+        l.inner_out = l.out[l.n];
+    }
+    for (int d = 0; d < l.n; ++d) l.outer *= l.shape[d];
+    return l;
+}
+
+void offsets(const Layout& l, int64_t index, int64_t* in, int64_t* out) {
+    *in = *out = 0;
+    for (int d = l.n - 1; d >= 0; --d) {
+        const int64_t i = index % l.shape[d];
+        index /= l.shape[d];
+        *in += i * l.in[d];
+        *out += i * l.out[d];
+    }
+}
+
+// Copies a few bytes without a call: whole steps, then one that ends where the run ends.
+template <int Step>
+inline void copy_steps(char* out, const char* in, int64_t bytes) {
+    for (int64_t i = 0; i + Step <= bytes; i += Step) memcpy(out + i, in + i, Step);
+    memcpy(out + bytes - Step, in + bytes - Step, Step);
+}
+
+inline void copy_short(char* out, const char* in, int64_t bytes) {
+    if (bytes >= 16) {
+        copy_steps<16>(out, in, bytes);
+    } else if (bytes >= 4) {
+        copy_steps<4>(out, in, bytes);
+    } else {
+        for (int64_t i = 0; i < bytes; ++i) out[i] = in[i];
+    }
+}
+
+#if defined(__SSE2__)
+// Stores a cache line past the cache; `out` is aligned to one.
+inline void stream_line(char* out, const char* in) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
+#else
+    for (int64_t part = 0; part < kCacheLine; part += 16) {
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + part));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + part), x);
+    }
+#endif
+}
+#endif
+
+// Copies a run of contiguous bytes; past the cache when `stream`, a whole line at a time where the registers allow.
+// `next` is where the following run will be read: the hardware does not foresee a jump, so its lines are asked for
+// here.
+inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, const char* next) {
+    if (bytes <= kShort) {
+        copy_short(out, in, bytes);
+        return;
+    }
+#if defined(__SSE2__)
+    if (stream) {
+        const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63;
+        memcpy(out, in, static_cast<size_t>(head));
+        int64_t i = head;
+        for (; i + kCacheLine <= bytes; i += kCacheLine) {
+            __builtin_prefetch(next + i);
+            stream_line(out + i, in + i);
+        }
+        memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
+        return;
+    }
+#endif
+    (void)stream;
+    (void)next;
+    memcpy(out, in, static_cast<size_t>(bytes));
+}
+
+void fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+// What the tiles of regroup_tile.h need besides.
+struct Tiling {
+    int64_t in_units = 0;               // positions on the unit axis that are read; 0: no tiles
+    const int32_t* at = nullptr;        // byte offsets of lines: for gathers [units, rounded up], for sums [members]
+    const int32_t* in_order = nullptr;  // of a vector's units one after the other
+};
+
+// What a worker needs besides the arguments: where each member lies on the unit axis, in elements.
+struct Plan {
+    const RegroupArgs& a;
+    const Layout& l;
+    const int64_t* at;    // [members]
+    const int32_t* near;  // [members] the same where rows of units are gathered: half the cache
+    int64_t in_units;     // positions of the unit axis that are read
+    bool packed;          // each unit's run begins where the one before ends, on both sides
+    bool full;            // every unit has one member exactly, so unit j's is at[j]
+    bool stream;
+};
+
+}  // namespace
+}  // namespace MUDSC_ISA
+}  // namespace mudsc

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -33,8 +34,11 @@ class TermTable {
             if (used[static_cast<size_t>(d)] == 0) plain.push_back(d);
         }
         unit_off_ = offsets(shape, strides, unit_dims);
-        off_ = offsets(shape, strides, plain);
-        if (!labelled.empty()) group(shape, strides, labelled);
+        if (labelled.empty()) {
+            off_ = offsets(shape, strides, plain);
+        } else {
+            group(shape, strides, labelled, plain);
+        }
     }
 
     void fill(SimilarityTerm& term) const {
@@ -61,13 +65,18 @@ class TermTable {
         return result;
     }
 
-    // Sorts the members of merged columns by column: plain columns vary slowest, then the labelled axes in their order.
-    void group(const int64_t* shape, const int64_t* strides, const std::vector<LabelledAxes>& labelled) {
-        std::vector<int64_t> members = off_, columns(off_.size());
-        for (size_t i = 0; i < columns.size(); ++i) columns[i] = static_cast<int64_t>(i);
-        std::vector<double> scale(off_.size(), 1.0);
+    // Sorts the members of merged columns by column. Columns vary in the order of the tensor's dims, so that the last
+    // ones, which lie side by side, stay together.
+    void group(const int64_t* shape, const int64_t* strides, const std::vector<LabelledAxes>& labelled,
+               const std::vector<int>& plain) {
+        std::vector<LabelledAxes> axes_in_order = labelled;
+        for (int d : plain) axes_in_order.push_back({{d}, nullptr, shape[d], nullptr});
+        std::sort(axes_in_order.begin(), axes_in_order.end(),
+                  [](const LabelledAxes& a, const LabelledAxes& b) { return a.dims[0] < b.dims[0]; });
+        std::vector<int64_t> members{0}, columns{0};
+        std::vector<double> scale{1.0};
         bool scaled = false;
-        for (const LabelledAxes& axes : labelled) {
+        for (const LabelledAxes& axes : axes_in_order) {
             const std::vector<int64_t> steps = offsets(shape, strides, axes.dims);
             std::vector<int64_t> more_members, more_columns;
             std::vector<double> more_scale;
@@ -76,8 +85,9 @@ class TermTable {
             more_scale.reserve(scale.size() * static_cast<size_t>(axes.size));
             for (size_t i = 0; i < members.size(); ++i) {
                 for (size_t k = 0; k < steps.size(); ++k) {
+                    const int64_t label = axes.labels != nullptr ? axes.labels[k] : static_cast<int64_t>(k);
                     more_members.push_back(members[i] + steps[k]);
-                    more_columns.push_back(columns[i] * axes.size + axes.labels[k]);
+                    more_columns.push_back(columns[i] * axes.size + label);
                 }
             }
             for (double s : scale) {

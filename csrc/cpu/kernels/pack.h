@@ -103,18 +103,103 @@ inline bool columns_run(const Columns& columns, int64_t c0, int64_t n) {
     return run;
 }
 
-// One unit's columns, element after element.
-template <typename W, typename T>
-void gather_unit(const T* data, const Columns& columns, int64_t c0, int64_t n, W* to) {
-    if (columns.ptr == nullptr) {
-        const int64_t* off = columns.off + c0;
-        for (int64_t k = 0; k < n; ++k) to[k] = load_as<W>(data[off[k]]);
-        return;
+// Columns that follow each other in memory, and whose members do where they have several: the 9 of a 3 x 3 kernel.
+struct Run {
+    int64_t first, length;
+};
+
+// The runs of columns [c0, c0 + n); returns how many there are.
+inline int64_t find_runs(const Columns& columns, int64_t c0, int64_t n, Run* runs) {
+    int64_t count = 0;
+    for (int64_t c = c0; c < c0 + n; ++c) {
+        bool follows = count > 0;
+        if (follows && columns.ptr == nullptr) {
+            follows = columns.off[c] == columns.off[c - 1] + 1;
+        } else if (follows) {
+            const int64_t *now = columns.off + columns.ptr[c], *before = columns.off + columns.ptr[c - 1];
+            const int64_t members = columns.ptr[c + 1] - columns.ptr[c];
+            follows = members == columns.ptr[c] - columns.ptr[c - 1];
+            for (int64_t m = 0; follows && m < members; ++m) follows = now[m] == before[m] + 1;
+        }
+        if (follows) {
+            ++runs[count - 1].length;
+        } else {
+            runs[count++] = {c, 1};
+        }
     }
-    for (int64_t k = 0; k < n; ++k) {
-        W sum = W(0);
-        for (int64_t p = columns.ptr[c0 + k]; p < columns.ptr[c0 + k + 1]; ++p) sum += load_as<W>(data[columns.off[p]]);
-        to[k] = sum;
+    return count;
+}
+
+template <int N, typename T>
+struct VectorOfN {
+    typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+
+// N elements of any type as one vector of W.
+template <int N, typename W>
+struct Block {
+    using V = typename VectorOfN<N, W>::type;
+    V v = {};
+    void store(W* to) const { memcpy(to, &v, sizeof v); }
+    template <typename T>
+    void add(const T* from) {
+        if constexpr (sizeof(T) == 2) {
+            float part[N];
+            load_halves(from, part);
+            add(part);
+        } else {
+            typename VectorOfN<N, T>::type x;
+            memcpy(&x, from, sizeof x);
+            v += __builtin_convertvector(x, V);
+        }
+    }
+    static void load_halves(const bf16* from, float* to) {
+        using Bits = typename VectorOfN<N, uint32_t>::type;
+        typename VectorOfN<N, uint16_t>::type half;
+        memcpy(&half, from, sizeof half);
+        const Bits bits = __builtin_convertvector(half, Bits) << 16;
+        memcpy(to, &bits, sizeof bits);
+    }
+    static void load_halves(const f16* from, float* to) {
+#if defined(__F16C__)
+        if constexpr (N == 8) {
+            _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+            return;
+        }
+#endif
+        for (int i = 0; i < N; ++i) to[i] = to_f32(from[i]);
+    }
+};
+
+// The sum of some members' next N elements. `at` are their offsets.
+template <int N, typename W, typename T>
+inline void take(const T* data, const int64_t* at, int64_t members, W* to) {
+    Block<N, W> sum;
+    for (int64_t m = 0; m < members; ++m) sum.add(data + at[m]);
+    sum.store(to);
+}
+
+// One unit's columns, run after run; the last vector of a run ends where the run does.
+template <typename W, typename T>
+void gather_unit(const T* data, const Columns& columns, const Run* runs, int64_t count, W* to) {
+    for (int64_t r = 0; r < count; ++r) {
+        const int64_t c = runs[r].first, n = runs[r].length;
+        const int64_t* at = columns.off + (columns.ptr != nullptr ? columns.ptr[c] : c);
+        const int64_t members = columns.ptr != nullptr ? columns.ptr[c + 1] - columns.ptr[c] : 1;
+        if (n >= 8) {
+            for (int64_t k = 0; k + 8 <= n; k += 8) take<8, W>(data + k, at, members, to + k);
+            if (n % 8 != 0) take<8, W>(data + n - 8, at, members, to + n - 8);
+        } else if (n >= 4) {
+            take<4, W>(data, at, members, to);
+            if (n > 4) take<4, W>(data + n - 4, at, members, to + n - 4);
+        } else {
+            for (int64_t k = 0; k < n; ++k) {
+                W sum = W(0);
+                for (int64_t m = 0; m < members; ++m) sum += load_as<W>(data[at[m] + k]);
+                to[k] = sum;
+            }
+        }
+        to += n;
     }
 }
 
@@ -148,6 +233,8 @@ template <typename W, typename T>
 void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
                 W* to) {
     const bool run = columns_run(columns, c0, n);
+    Run runs[kPackRows];
+    const int64_t count = run ? 0 : find_runs(columns, c0, n, runs);
     W part[4][kPackRows];
     for (int64_t u0 = 0; u0 < units; u0 += 4) {
         const int64_t batch = min64(4, units - u0);
@@ -159,7 +246,7 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
             } else if (run) {
                 convert_run<false>(part[u], unit + columns.off[c0], n);
             } else {
-                gather_unit(unit, columns, c0, n, part[u]);
+                gather_unit(unit, columns, runs, count, part[u]);
             }
         }
         if (batch == 4) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mudsc_fast as mf
+from mudsc_fast import _core
 
 from . import second_core
 from .harness import OURS, Contender, Row
@@ -44,7 +45,7 @@ def prepared(width: int, columns: int) -> Callable[[], Tensor]:
     return lambda: mf.dual_similarity(terms, activation, 0.5)
 
 
-def _row(width: int, columns: int, dtype: torch.dtype, kind: str = "") -> Row:
+def _row(width: int, columns: int, dtype: torch.dtype, kind: str = "", isa: str | None = None) -> Row:
     """``kind`` "permutation" or "zip": the neighbours are labelled, which the official code gets in order already."""
     held: dict[str, Tensor] = {}
 
@@ -70,8 +71,15 @@ def _row(width: int, columns: int, dtype: torch.dtype, kind: str = "") -> Row:
         weights = [w - w.mean(1, keepdim=True) for w in weights]
         weights = [w / w.norm(dim=1, keepdim=True) for w in weights]
         held["want"] = 0.5 * (weights[0] @ weights[1].T) + 0.5 * seen.double()
+
+        def ours() -> Tensor:
+            _core.use_isa(isa)
+            found = mf.dual_similarity(terms, activation, 0.5)
+            _core.use_isa(None)
+            return found
+
         return [
-            Contender(OURS, lambda: mf.dual_similarity(terms, activation, 0.5)),
+            Contender(OURS, ours),
             Contender(OFFICIAL, lambda: official_similarity(out, read, full_activation, 0.5)),
         ]
 
@@ -81,12 +89,15 @@ def _row(width: int, columns: int, dtype: torch.dtype, kind: str = "") -> Row:
 
     return Row(
         "similarity",
-        f"dual, align scope, {columns // width} columns a unit, {NAMES[dtype]}" + (f", {kind}" if kind else ""),
+        f"dual, align scope, {columns // width} columns a unit, {NAMES[dtype]}"
+        + (f", {kind}" if kind else "")
+        + (f", {isa}" if isa else ""),
         width,
         contenders,
         error,
         2e-5,
-        target=4.0,
+        target=4.0 if isa is None else 0.0,
+        memory_at_most=max(width * width * 4 / 2**20, 1.0) + 1,  # no temporary larger than the result
         against=OFFICIAL,
         work=2.0 * width * width * columns,
         unit="flop",
@@ -103,4 +114,6 @@ def rows(quick: bool) -> Iterator[Row]:
     if not quick:
         yield _row(1024, 2048, torch.float32, "zip")
         yield _row(1024, 9216, torch.float32)
+        for isa in _core.build_info()["isas_usable"][:-1]:
+            yield _row(1024, 2048, torch.float32, isa=isa)
         yield second_core.row("similarity", "dual, align scope", 1024, prepared, (1024, 2048))

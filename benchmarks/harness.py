@@ -42,6 +42,7 @@ class Row:
         against: a contender's name, or "best" for the fastest of the others.
         work: floating-point operations or bytes that the result needs, with ``unit`` "flop" or "byte".
         at_most: instead of a ratio, seconds that ours may take.
+        memory_at_most: besides, MiB of extra memory that ours may take.
     """
 
     op: str
@@ -57,6 +58,7 @@ class Row:
     threads: int = 1
     rounds: int = 7
     at_most: float | None = None
+    memory_at_most: float | None = None
     note: str = ""
 
 
@@ -81,15 +83,18 @@ class Result:
     against: str = ""
     measured: float | None = None
     at_most: float | None = None
+    memory_at_most: float | None = None
     note: str = ""
 
     @property
     def met(self) -> bool | None:
         """Whether the target was met; None without one."""
+        if self.memory_at_most is not None and (self.extra_mib is None or self.extra_mib > self.memory_at_most):
+            return False
         if self.at_most is not None:
             return self.seconds.get(OURS, math.inf) <= self.at_most
         if self.target is None:
-            return None
+            return None if self.memory_at_most is None else True
         return self.measured is not None and self.measured >= self.target
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def threads_set(count: int) -> Iterator[None]:
 def run_row(row: Row, ceilings: dict[str, float] | None = None, budget: float = 20.0) -> Result:
     """Check every contender of a row, then time them in turns for at most about ``budget`` seconds."""
     result = Result(row.op, row.case, row.size, row.threads, target=row.target, against=row.against, note=row.note)
-    result.at_most = row.at_most
+    result.at_most, result.memory_at_most = row.at_most, row.memory_at_most
     with threads_set(row.threads):
         contenders = row.contenders()
         result.missing = {c.name: c.why_missing or "" for c in contenders if c.run is None}

@@ -123,12 +123,18 @@ def _without(matrix: Tensor, column: int) -> Tensor:
 
 
 def official_zip(
-    similarity: Tensor, width: int, attenuation: float = 0.5, models: int = 2, pairing: Tensor | None = None
+    similarity: Tensor,
+    width: int,
+    attenuation: float = 0.5,
+    models: int = 2,
+    pairing: Tensor | None = None,
+    most_merges: int | None = None,
 ) -> Tensor:
     """The greedy rule as published: search the whole matrix for every merge, then cut a row and a column out of it.
 
     With a pairing of blocks, (models, blocks), the whole matrix is searched through a mask that leaves one union of
-    blocks open at a time. Returns labels (models, units of a model), numbered by lowest member.
+    blocks open at a time. Returns labels (models, units of a model), numbered by lowest member. ``most_merges``: stop
+    after so many merges.
     """
     sims = similarity.clone().fill_diagonal_(-math.inf)
     total = sims.shape[0]
@@ -145,6 +151,8 @@ def official_zip(
             mask = torch.full_like(sims, -math.inf)
             mask[own[:, None] & own[None, :]] = 0.0
         for _ in range((total - width) // blocks):
+            if most_merges is not None and total - sims.shape[0] >= most_merges:
+                return indicator.argmax(dim=1).reshape(models, -1)
             searched = sims if mask is None else sims + mask
             i, j = sorted(divmod(int(searched.reshape(-1).argmax()), sims.shape[0]))
             indicator[:, i] += indicator[:, j]

@@ -19,6 +19,8 @@ import mudsc_fast as mf
 from . import ceilings
 from .harness import OURS, Result, WrongResult, growth, run_row
 
+# What the growth of our time with size may be.
+GROWTH_TARGETS = {("zip", "one block"): 2.2, ("zip", "32 blocks"): 2.2}
 OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
 
 
@@ -34,10 +36,14 @@ def run(
     for op in ops:
         for row in importlib.import_module(f".bench_{op}", __package__).rows(quick):
             try:
-                results.append(run_row(row, limits, budget=2.0 if quick else 15.0))
+                results.append(run_row(row, limits, budget=2.0 if quick else 6.0))
             except WrongResult as error:
                 failures.append(str(error))
                 say(f"WRONG  {error}")
+                continue
+            except (RuntimeError, OSError, MemoryError, EOFError) as error:
+                failures.append(f"{row.op} {row.case} {row.size}: {type(error).__name__}: {error}")
+                say(f"FAILED {failures[-1]}")
                 continue
             say(line(results[-1]))
     about = {
@@ -51,7 +57,13 @@ def run(
         "quick": quick,
         "ceilings": limits,
         "exponents": [
-            {"op": op, "case": case, "threads": threads, "exponent": exponent}
+            {
+                "op": op,
+                "case": case,
+                "threads": threads,
+                "exponent": exponent,
+                "target": GROWTH_TARGETS.get((op, case)),
+            }
             for (op, case, threads), exponent in growth(results).items()
         ],
     }
@@ -82,7 +94,8 @@ def line(result: Result) -> str:
     if result.ceiling_share is not None:
         parts.append(f"{100 * result.ceiling_share:.0f}% of ceiling")
     if result.extra_mib is not None:
-        parts.append(f"+{result.extra_mib:.0f} MiB")
+        most = "" if result.memory_at_most is None else f" (at most {result.memory_at_most:.0f})"
+        parts.append(f"+{result.extra_mib:.0f} MiB{most}")
     parts += [f"{name}: missing ({why})" for name, why in result.missing.items()]
     return "  ".join(parts)
 

@@ -44,7 +44,8 @@ def bench(quick: bool, ops: tuple[str, ...], json_path: Path | None, plot_folder
     quiet = options.settings().quiet
     results, about, failures = suite.run(ops or suite.OPS, quick, None if quiet else click.echo)
     for fit in about["exponents"]:
-        click.echo(f"growth  {fit['op']} {fit['case']} x{fit['threads']}: size^{fit['exponent']:.2f}")
+        most = "" if fit["target"] is None else f" (target at most {fit['target']:g})"
+        click.echo(f"growth  {fit['op']} {fit['case']} x{fit['threads']}: size^{fit['exponent']:.2f}{most}")
     low = [r for r in results if r.met is False]
     judged = [r for r in results if r.met is not None]
     click.echo(f"{len(results)} rows, {len(judged) - len(low)} of {len(judged)} targets met, {len(failures)} wrong")

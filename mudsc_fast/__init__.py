@@ -26,7 +26,7 @@ _EXPORTS = {
     "build": ("build_config",),
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}
-_SUBMODULES = ("reference", "specs", "backends")
+_SUBMODULES = ("reference", "specs", "backends", "library")
 
 __all__ = [*sorted(_WHERE), "__version__", *_SUBMODULES]
 

@@ -7,6 +7,7 @@ one asked for by name that cannot run is an error with the reason. Nothing falls
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -28,6 +29,28 @@ def _why_no_cuda_kernels() -> str | None:
     return None
 
 
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'mudsc-fast[gpu]')"
+    if not torch.cuda.is_available():
+        return f"torch finds no CUDA device{_driver_trouble()}"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"Triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+def _driver_trouble() -> str:
+    """What torch says about the driver, such as that it is too old for this build."""
+    if torch.version.cuda is None:
+        return " (it was built without CUDA)"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return f" ({str(error).splitlines()[0]})"
+    return ""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the table: what a backend is called, where it runs, what it can do, and why it cannot run here."""
@@ -47,6 +70,7 @@ class Backend:
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", "cpu", frozenset({"regroup", "zip", "assign", "covariance", "similarity"})),
     Backend("cuda", "cuda", frozenset({"regroup"}), _why_no_cuda_kernels),
+    Backend("triton", "cuda", frozenset({"covariance", "similarity"}), _why_no_triton),
     Backend("torch_device", "cuda", frozenset({"covariance"})),
     Backend("host", "cuda", frozenset({"regroup", "zip", "assign", "similarity"})),
 )

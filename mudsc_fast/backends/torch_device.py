@@ -29,10 +29,13 @@ class TorchCovariance:
         self._columns = slice(width if cross else 0, units)
         shape = (width, units - width) if cross else (units, units)
         self.dtype = torch.float32
-        self.gram = torch.zeros(shape, device=device)
+        self.gram = self._zeros(shape)
         self.vectors = torch.zeros(4, units, dtype=torch.float64, device=device)
         self.vectors[1] = 1.0
         self.count = 0
+
+    def _zeros(self, shape: tuple[int, int]) -> Tensor:
+        return torch.zeros(shape, device=self.device)
 
     def update(self, features: list[Tensor], dim: int) -> None:
         """Add one batch, checked by the caller."""
@@ -40,7 +43,7 @@ class TorchCovariance:
         x = torch.cat(columns, dim=1).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         if self.count == 0:
             self.vectors[0] = x.mean(dim=0, dtype=torch.float64).to(x.dtype)
-        y = x - self.vectors[0].to(x.dtype)
+        y = (x - self.vectors[0].to(x.dtype)).mul_(self.vectors[1].to(x.dtype))
         self.vectors[2] += y.sum(dim=0, dtype=torch.float64)
         self.vectors[3] += y.double().square().sum(dim=0)
         self.gram.addmm_(y[:, self._rows].T, y[:, self._columns])

@@ -1,0 +1,173 @@
+"""What the Triton kernels cannot beat on an H100 or H200: computed from shapes, measured peaks and machine code, not
+measured.
+
+python -m benchmarks.roofline [--records FILE] [--write docs/gpu.md]
+
+FILE holds the records of `python -m benchmarks.proof.triton_code`. A floor is the larger of operations over the peak
+and bytes over the bandwidth; occupancy is the blocks that registers, shared memory and threads leave room for on one
+SM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "results" / "triton-code.json"
+BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
+
+# Measured: bfloat16 products of 8192^3 random matrices by cuBLAS, and device copies (read and written bytes).
+PEAKS = {"H100": (798e12, 3.0e12), "H200": (769e12, 4.3e12)}
+SM_SHARED, SM_REGISTERS, SM_THREADS, BLOCK_OVERHEAD = 233_472, 65_536, 2_048, 1_024
+TENSOR_FMA = 2_048  # bfloat16 multiply-adds a clock and SM on Hopper
+SCHEDULERS = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One launch: what is computed, and with which kernel variant."""
+
+    name: str
+    kernel: str
+    variant: str
+    operations: float  # of the tensor cores
+    bytes: float  # to and from memory, each operand once
+    full: float = 0.0  # operations of a plain product of the same result, for what it is compared with
+
+
+def _tiles(n: int, rows: int, columns: int) -> int:
+    """Tiles on or above the diagonal of an n x n result."""
+    return sum((j + 1) * columns > i * rows for i in range(-(-n // rows)) for j in range(-(-n // columns)))
+
+
+def shapes() -> Iterator[Shape]:
+    """Spaces of real models: two models, so that n = 2 * width units are multiplied."""
+    rows, columns, chunk = 128, 256, 1024
+    for width, samples in ((1024, 65_536), (4096, 65_536), (8192, 65_536), (14_336, 32_768)):
+        n = 2 * width
+        tile = rows * columns * (2 * _tiles(width, rows, columns) + -(-width // rows) * -(-width // columns))
+        once = 2.0 * tile * samples
+        full = 2.0 * n * n * samples
+        added = 8.0 * tile * samples / chunk  # each chunk reads and writes its tile
+        yield Shape(
+            f"covariance, bf16, 2 x {width}, {samples:,} samples", "product.add_kernel", "bf16", once,
+            2.0 * n * samples + added, full,
+        )  # fmt: skip
+        if width in (4096, 8192):
+            planes = 6.0 * n * samples
+            yield Shape(
+                f"covariance, float32, 2 x {width}, {samples:,} samples", "product.add_kernel", "float32 in 3 planes",
+                6 * once, planes + added, full,
+            )  # fmt: skip
+            yield Shape(
+                f"planes of float32, 2 x {width}, {samples:,} samples", "split.split_kernel",
+                "fp32, 3 planes, units adjacent", 0.0, 10.0 * n * samples,
+            )  # fmt: skip
+    for width, k in ((4096, 24_576), (8192, 57_344), (14_336, 24_576)):
+        one = 2.0 * width * width * k
+        moved = 12.0 * width * k + 8.0 * width * width * k / 1024
+        variant = "cross, 3 planes, last of several"
+        yield Shape(
+            f"similarity, float32, cross, {width} units, {k:,} columns", "product.blend_kernel", variant, 6 * one,
+            moved, one,
+        )  # fmt: skip
+        yield Shape(
+            f"similarity, bf16, cross, {width} units, {k:,} columns", "product.blend_kernel", "cross, 1 plane", one,
+            4.0 * width * k + 8.0 * width * width * k / 1024, one,
+        )  # fmt: skip
+    for n in (8192, 28_672):
+        yield Shape(
+            f"correlations, {n} units", "correlation.correlation_kernel", "triangle", 0.0, 6.0 * n * n
+        )  # fmt: skip
+
+
+def floor(shape: Shape, chip: str) -> tuple[float, str]:
+    """Seconds that no kernel of this kind can beat on a chip, and what bounds it."""
+    flops, bandwidth = PEAKS[chip]
+    by_operations, by_bytes = shape.operations / flops, shape.bytes / bandwidth
+    return (by_operations, "tensor cores") if by_operations > by_bytes else (by_bytes, "memory")
+
+
+def occupancy(record: dict[str, Any]) -> int:
+    """Blocks that fit on one SM."""
+    threads = record["warps"] * 32
+    registers = -(-record["registers"] // 8) * 8 * threads  # given out in eights
+    shared = record["shared_bytes"] + BLOCK_OVERHEAD
+    return min(SM_REGISTERS // registers, SM_SHARED // shared, SM_THREADS // threads)
+
+
+def step_cycles(record: dict[str, Any]) -> tuple[int, int]:
+    """Clocks that one turn of the main loop takes the tensor cores, and the schedulers, for one block."""
+    rows, columns, depth = (int(x) for x in record["config"].split("w")[0].split("x"))
+    return rows * columns * depth // TENSOR_FMA, -(-record["loop_instructions"] * record["warps"] // SCHEDULERS)
+
+
+def _chosen(records: list[dict[str, Any]], shape: Shape) -> dict[str, Any]:
+    found = [r for r in records if (r["kernel"], r["variant"], r["arch"]) == (shape.kernel, shape.variant, "sm_90")]
+    if not found:
+        raise ValueError(f"records: none of {shape.kernel}, {shape.variant} on sm_90")
+    return found[0]  # the first configuration listed is the one taken
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The floors as a Markdown table, and the configurations under it."""
+    lines = [
+        "| computed, not measured | configuration | H100 ms | H200 ms | bound by | counted as a full product |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in shapes():
+        record = _chosen(records, shape)
+        times = {chip: floor(shape, chip)[0] for chip in PEAKS}
+        rate = f"{shape.full / times['H100'] / 1e15:.2f} PFLOP/s on H100" if shape.full else ""
+        lines.append(
+            f"| {shape.name} | {record['config']} | {times['H100'] * 1e3:.3g} | {times['H200'] * 1e3:.3g} "
+            f"| {floor(shape, 'H100')[1]} | {rate} |"
+        )
+    lines += [
+        "",
+        "| computed, not measured: kernel on sm_90 | configuration | registers | shared bytes | blocks an SM "
+        "| instructions a step | clocks of a step: tensor cores, schedulers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        if record["arch"] != "sm_90" or not record["main_loop"]:
+            continue
+        cycles = step_cycles(record)
+        lines.append(
+            f"| {record['kernel']}, {record['variant']} | {record['config']} | {record['registers']} "
+            f"| {record['shared_bytes']} | {occupancy(record)} | {record['loop_instructions']} "
+            f"| {cycles[0]}, {cycles[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def write(path: Path, text: str) -> None:
+    """Put the table between its two marks in a document."""
+    document = path.read_text(encoding="utf-8")
+    head, rest = document.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    part = path.with_suffix(".part")
+    part.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    part.replace(path)
+
+
+def main() -> None:
+    """Print the table, or write it into a document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--write", type=Path, default=None)
+    options = parser.parse_args()
+    text = table(json.loads(options.records.read_text(encoding="utf-8")))
+    if options.write is None:
+        print(text)
+    else:
+        write(options.write, text)
+
+
+if __name__ == "__main__":
+    main()

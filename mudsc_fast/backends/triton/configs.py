@@ -1,0 +1,189 @@
+"""How the kernels are cut: tile sizes, warps and stages for each use and chip, with the reason beside each.
+
+Nothing here was chosen by a clock: the reasons are counts read from machine code (docs/gpu.md). The first of a list is
+taken until a results file of ``make gpu`` names another (``update``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# Written by `update` from a results file; absent until a GPU was measured.
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """A product X^T Y of two sets of units over samples.
+
+    rows, columns: units a tile. depth: samples a step. chunk: samples that tensor cores add up before the sum is
+    rounded to nearest outside of them. group: tile rows that are walked together, so that their operands stay in the L2
+    cache.
+    descriptors: operands come by bulk tensor loads. add_descriptors: tiles are added by bulk tensor reductions.
+    slices: parts of a tile's columns that its end handles one after another.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    descriptors: bool
+    reason: str
+    add_descriptors: bool = False
+    slices: int = 1
+    chunk: int = 1024
+    group: int = 8
+
+    def __post_init__(self) -> None:
+        if self.chunk % self.depth or min(self.rows, self.columns, self.depth) < 16:
+            raise ValueError(f"chunk: expected a multiple of depth {self.depth}, tiles of at least 16, got {self}")
+
+    @property
+    def name(self) -> str:
+        """What a results file calls it."""
+        shape = f"{self.rows}x{self.columns}x{self.depth}w{self.warps}s{self.stages}c{self.chunk}g{self.group}"
+        flags = ("descriptors" if self.descriptors else "pointers", "added" * self.add_descriptors)
+        return "-".join(filter(None, (shape, f"p{self.slices}", *flags)))
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """A pass over the input: samples and units a block, samples a program walks over, warps."""
+
+    samples: int
+    units: int
+    walk: int
+    warps: int
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """What a results file calls it."""
+        return f"{self.samples}x{self.units}walk{self.walk}w{self.warps}"
+
+
+Config = ProductConfig | SplitConfig
+
+# Chips by compute capability: 100 is looked up as itself, anything else as the nearest one below.
+_ADD: dict[int, tuple[ProductConfig, ...]] = {
+    80: (
+        ProductConfig(128, 128, 32, 8, 4, False, "32 mma in a loop of 152: the fewest a product here", slices=4),
+        ProductConfig(128, 64, 32, 8, 4, False, "twice as many tiles, for narrow spaces"),
+    ),
+    90: (
+        ProductConfig(128, 256, 64, 8, 4, True, "48 B of loads a clock and SM; 128 x 128 needs 64, the L2 cache's all"),
+        ProductConfig(128, 128, 64, 8, 4, True, "134 registers instead of 247, and twice as many tiles"),
+        ProductConfig(128, 128, 64, 8, 4, True, "90 registers: tiles leave by bulk reduction, not by atomics", True),
+        ProductConfig(128, 128, 64, 4, 3, True, "two blocks an SM: one adds while the other multiplies"),
+    ),
+    100: (
+        ProductConfig(128, 256, 64, 8, 4, True, "the product lies in tensor memory: 122 registers", slices=4),
+        ProductConfig(128, 128, 64, 8, 4, True, "twice as many tiles, for narrow spaces"),
+    ),
+}
+_BLEND: dict[int, tuple[ProductConfig, ...]] = {
+    80: (ProductConfig(128, 128, 32, 8, 4, False, "as for sums; whole tiles spill 88 bytes", slices=4),),
+    90: (
+        ProductConfig(128, 128, 64, 8, 4, True, "whole tiles spill 216 bytes, halves 16, quarters none", slices=4),
+        ProductConfig(
+            128, 128, 64, 8, 3, True, "96 KiB of shared memory: two blocks an SM where registers allow", slices=4
+        ),
+    ),
+    100: (
+        ProductConfig(128, 128, 64, 8, 4, True, "quarters spill 96 bytes where rows are kept, eighths none", slices=8),
+    ),
+}
+_SPLIT: dict[int, tuple[SplitConfig, ...]] = {
+    80: (
+        SplitConfig(
+            32, 128, 1024, 8, "256 B a row of a 16-bit input; 1024 rows make the partial sums 1 % of the input"
+        ),
+        SplitConfig(16, 128, 1024, 4, "as many entries a thread in smaller blocks, for narrow spaces"),
+    ),
+}
+_SPLIT_ACROSS: dict[int, tuple[SplitConfig, ...]] = {
+    80: (SplitConfig(64, 64, 1024, 8, "samples are adjacent in the input and units in the planes: 128 B both ways"),),
+}
+_SPLIT_TABLES: dict[int, tuple[SplitConfig, ...]] = {
+    80: (SplitConfig(16, 128, 1024, 8, "64-bit offsets of 16 entries a thread spill 120 bytes, of 8 none"),),
+}
+TABLES: dict[str, dict[int, tuple[Config, ...]]] = {
+    "add": {chip: tuple(found) for chip, found in _ADD.items()},
+    "blend": {chip: tuple(found) for chip, found in _BLEND.items()},
+    "split": {chip: tuple(found) for chip, found in _SPLIT.items()},
+    "split_across": {chip: tuple(found) for chip, found in _SPLIT_ACROSS.items()},
+    "split_tables": {chip: tuple(found) for chip, found in _SPLIT_TABLES.items()},
+}
+
+
+def chip_of(capability: tuple[int, int]) -> int:
+    """80, 90 or 100: whose configurations a GPU of this compute capability takes."""
+    number = capability[0] * 10 + capability[1]
+    if 100 <= number < 120:
+        return 100  # consumer Blackwell (120) has no tensor memory and is treated as 80
+    return 90 if number == 90 else 80
+
+
+def listed(use: str, chip: int) -> tuple[Config, ...]:
+    """The configurations of a use on a chip, best first as far as is known."""
+    table = TABLES[use]
+    return table.get(chip) or table[80]
+
+
+def product_config(use: str, capability: tuple[int, int]) -> ProductConfig:
+    """How to cut a product: use "add" or "blend"."""
+    found = _chosen(use, capability)
+    if not isinstance(found, ProductConfig):
+        raise ValueError(f'use: expected "add" or "blend", got {use!r}')
+    return found
+
+
+def split_config(use: str, capability: tuple[int, int]) -> SplitConfig:
+    """How to cut a pass over the input: use "split", "split_across" or "split_tables"."""
+    found = _chosen(use, capability)
+    if not isinstance(found, SplitConfig):
+        raise ValueError(f'use: expected "split" or "split_across", got {use!r}')
+    return found
+
+
+def _chosen(use: str, capability: tuple[int, int]) -> Config:
+    """The tuned configuration where a results file named it, else the first listed."""
+    chip = chip_of(capability)
+    found = listed(use, chip)
+    name = _tuned().get(use, {}).get(str(chip))
+    return next((config for config in found if config.name == name), found[0])
+
+
+@cache
+def _tuned() -> dict[str, dict[str, str]]:
+    path = Path(os.environ.get("MUDSC_FAST_TUNED", TUNED))
+    if not path.is_file():
+        return {}
+    read: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+    return read
+
+
+def update(results: Path, into: Path = TUNED) -> dict[str, dict[str, str]]:
+    """Take over the winners of a results file, whose entry "tuned" is {use: {chip: name of a configuration}}.
+
+    Raises:
+        ValueError: no such entry, or a use, chip or configuration that is not in the tables.
+    """
+    tuned = json.loads(results.read_text(encoding="utf-8")).get("tuned")
+    if not isinstance(tuned, dict):
+        raise ValueError(f'results: expected an entry "tuned" in {results}, got {type(tuned).__name__}')
+    for use, chips in tuned.items():
+        for chip, name in chips.items():
+            known = [config.name for config in listed(use, int(chip))] if use in TABLES else []
+            if name not in known:
+                raise ValueError(f"results: expected a configuration of {use!r} on {chip} ({known}), got {name!r}")
+    kept = into.with_suffix(".part")
+    kept.write_text(json.dumps(tuned, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    kept.replace(into)
+    _tuned.cache_clear()
+    return tuned

@@ -1,0 +1,278 @@
+"""Streaming covariance: activations of all models multiplied on tensor cores into one triangle of a float32 matrix.
+
+The rule for what is multiplied, batch by batch (docs/gpu.md has its derivation):
+
+- bfloat16 and float16 go raw through the tensor cores, about a shift of 0, and the means are taken off as a rank-one
+  term when correlations are read, while |mean| / deviation of every living unit, over all samples so far, is at most
+  RAW_RATIO, the root mean squares lie within float32's squares, and all models have one dtype.
+- Beyond that, and for float32, entries are shifted by the first such batch's means and split into planes of bfloat16:
+  three (six products) where an input is float32 or there are few samples, two (three products) for 16-bit inputs.
+- float64 is multiplied by torch.
+
+Once the sums are about a shift other than 0 they stay there, and follow the means when these drift by more than a
+deviation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.backends.cpu_covariance import similarity_shape
+from mudsc_fast.backends.torch_device import DEAD, TorchCovariance
+from mudsc_fast.backends.triton.configs import ProductConfig, product_config
+from mudsc_fast.backends.triton.correlation import correlations, mirror, moments_of
+from mudsc_fast.backends.triton.launching import allocate, capability
+from mudsc_fast.backends.triton.product import Operand, add_product
+from mudsc_fast.backends.triton.split import Source, split, strided
+
+# Tensor cores round sums toward zero: 64 additions of 16 samples lose up to 1.4e-6 of a chunk's sum, which is (1 +
+# ratio^2) times the covariance at worst. 5 * 1.4e-6 leaves 3e-6 for what a million samples lose between chunks.
+RAW_RATIO = 2.0
+TINY, HUGE = 1e-30, 1e30  # mean squares between which float32 holds sums of products of two units
+WORKSPACE = 2**29  # bytes of planes at a time
+FEW = 256  # below, what two planes leave out (2**-18 of a product) does not average out, and three cost little
+HALF = (torch.float16, torch.bfloat16)
+
+
+class TritonCovariance(TorchCovariance):
+    """The accumulators of ``TorchCovariance``, of which only what lies on and above the diagonal is kept up.
+
+    config: how products are cut; None: as the chip's table says.
+    """
+
+    def __init__(
+        self, width: int, models: int, cross: bool, device: torch.device, config: ProductConfig | None = None
+    ) -> None:
+        super().__init__(width, models, cross, device)
+        self.config = config or product_config("add", capability(device))
+        self.raw = True  # every shift is 0 and every scale 1
+        self._unusable = ""
+
+    def _zeros(self, shape: tuple[int, int]) -> Tensor:
+        what = f"Covariance: the sums of {self.models} x {self.width} units"
+        instead = "split the space into blocks" if self.cross else 'scope="cross" needs less'
+        return allocate(shape, torch.float32, self.device, what, instead).zero_()
+
+    # ---- updates ----
+
+    def update(self, features: list[Tensor], dim: int) -> None:
+        """Add one batch, checked by the caller; reads back two flags to choose between raw and shifted products."""
+        self._require_usable()
+        if self.dtype == torch.float64:
+            super().update(features, dim)
+            self.raw = False
+            return
+        sources = _sources(features, dim)
+        half = features[0].dtype in HALF and len({x.dtype for x in features}) == 1
+        if self.raw:
+            sums, squares, bad = self._moments(sources)
+            if half and self._may_stay_raw(sums, squares, sources[0].samples):
+                self._add_raw(features, sources, bad, dim)
+                self.vectors[2:] += torch.stack((sums, squares))
+                self.count += sources[0].samples
+                return
+            self._leave_raw(sums, squares, sources[0].samples)
+        wide = any(x.dtype not in HALF for x in features)
+        planes = 3 if wide or sources[0].samples < FEW else 2
+        self._add_planes(sources, planes, torch.bfloat16)
+        self.count += sources[0].samples
+        self._recentre()
+
+    def _moments(self, sources: list[Source]) -> tuple[Tensor, Tensor, bool]:
+        """Sums and sums of squares of a batch about 0, (units,), and whether an entry is not finite."""
+        zero = torch.zeros(self.width, device=self.device)
+        found = [split(source, zero, zero + 1.0) for source in sources]
+        sums, squares, bad = torch.cat(found, dim=1)
+        return sums, squares, bool(bad.any())
+
+    def _may_stay_raw(self, sums: Tensor, squares: Tensor, samples: int) -> bool:
+        """The rule, over all samples so far and these."""
+        count = self.count + samples
+        mean, square = (self.vectors[2] + sums) / count, (self.vectors[3] + squares) / count
+        variance = square - mean.square()
+        dead = variance <= DEAD**2 * square
+        small = mean.square() <= RAW_RATIO**2 * variance
+        in_range = (square == 0.0) | ((square >= TINY) & (square <= HUGE))
+        return bool(((dead | small) & in_range).all())
+
+    def _leave_raw(self, sums: Tensor, squares: Tensor, samples: int) -> None:
+        """Shift by the means so far, and scale by powers of two near the deviations, from now on."""
+        count = self.count + samples
+        mean, square = (self.vectors[2] + sums) / count, (self.vectors[3] + squares) / count
+        deviation = (square - mean.square()).clamp_(min=0.0).sqrt()
+        _, exponent = torch.frexp(deviation)
+        scale = torch.where(deviation > 0.0, torch.ldexp(torch.ones_like(deviation), -exponent), 1.0)
+        scale.clamp_(2.0**-100, 2.0**100)
+        self.rebase(mean.float().double(), scale)
+        self.raw = False
+
+    def _add_raw(self, features: list[Tensor], sources: list[Source], bad: bool, dim: int) -> None:
+        """Multiply 16-bit inputs as they are: in place where bulk loads can read them, else through one clean plane."""
+        operands = [_in_place(x, dim) for x in features]
+        placed = [operand for operand in operands if operand is not None]
+        shapes = {(operand.images, operand.samples) for operand in placed}
+        readable = len(placed) == len(features) and len(shapes) == 1
+        if bad or not readable or not (self.config.descriptors or not placed[0].images):
+            self._add_planes(sources, 1, features[0].dtype, keep_moments=False)
+            return
+        with self._writing():
+            self._multiply(placed)
+
+    def _add_planes(self, sources: list[Source], planes: int, dtype: torch.dtype, keep_moments: bool = True) -> None:
+        """Split a batch piece by piece, and multiply each."""
+        pitch = -(-self.width // 8) * 8  # rows of 16 bytes
+        depth = self.config.depth
+        most = max(self.config.chunk, WORKSPACE // (2 * planes * pitch * self.models) // depth * depth)
+        pieces = list(zip(*(source.slabs(most) for source in sources), strict=True))
+        rows = max(piece[0].samples for piece in pieces)
+        rows = -(-rows // depth) * depth
+        shape = (self.models, planes, rows, pitch)
+        store = allocate(shape, dtype, self.device, "Covariance.update: planes of a batch", "give smaller batches")
+        shifts = self.vectors[0].float().reshape(self.models, self.width)
+        scales = self.vectors[1].float().reshape(self.models, self.width)
+        totals = torch.zeros(2, self.models * self.width, dtype=torch.float64, device=self.device)
+        for piece in pieces:
+            samples = piece[0].samples
+            padded = -(-samples // depth) * depth
+            store[:, :, samples:padded].zero_()
+            made = [split(source, shifts[m], scales[m], store[m]) for m, source in enumerate(piece)]
+            totals += torch.cat(made, dim=1)[:2]
+            operands = [
+                Operand(store[m].reshape(planes * rows, pitch)[:, : self.width], planes, rows, padded)
+                for m in range(self.models)
+            ]
+            with self._writing():
+                self._multiply(operands)
+        if keep_moments:
+            self.vectors[2:] += totals
+
+    def _multiply(self, operands: list[Operand]) -> None:
+        """Add the products of all pairs of models that are kept."""
+        d = self.width
+        for m in range(1 if self.cross else self.models):
+            for other in range(m + int(self.cross), self.models):
+                column = other * d - self._columns.start
+                block = self.gram[m * d : (m + 1) * d, column : column + d]
+                add_product(operands[m], operands[other], block, m == other, self.config)
+
+    # ---- what a failure leaves ----
+
+    def _writing(self) -> _Writing:
+        return _Writing(self)
+
+    def _require_usable(self) -> None:
+        if self._unusable:
+            raise RuntimeError(f"Covariance: a failed launch left the sums unusable ({self._unusable}); start again")
+
+    # ---- the rest of the interface ----
+
+    def flush(self) -> None:
+        """Complete the matrix below the diagonal, for those who read all of it."""
+        self._require_usable()
+        if not self.cross and self.gram.dtype == torch.float32:
+            mirror(self.gram)
+
+    def widen(self) -> None:
+        """Accumulate in float64 from now on."""
+        self.flush()
+        super().widen()
+
+    def rebase(self, shift: Tensor, scale: Tensor) -> None:
+        """Express the accumulators about another shift and scale."""
+        self._require_usable()
+        with self._writing():
+            super().rebase(shift, scale)
+        self.raw = self._is_raw()
+
+    def _is_raw(self) -> bool:
+        return self.gram.dtype == torch.float32 and not bool(
+            (self.vectors[0] != 0).any() | (self.vectors[1] != 1).any()
+        )
+
+    def load(self, gram: Tensor, vectors: Tensor, count: int, dtype: torch.dtype) -> None:
+        """Take over copies of recorded accumulators."""
+        super().load(gram, vectors, count, dtype)
+        self.raw = self._is_raw()
+
+    def correlation(self, cross: bool) -> Tensor:
+        """Correlations of the units: (models - 1, width, width) or all of them."""
+        self._require_usable()
+        if self.gram.dtype != torch.float32:
+            return super().correlation(cross)
+        instead = 'scope="cross" needs less' if not cross else "align block by block"
+        shape = similarity_shape(self.width, self.models, cross)
+        out = allocate(shape, torch.float32, self.device, "Covariance.correlation", instead)
+        moments = moments_of(self.vectors, self.count, DEAD)
+        if not cross:
+            correlations(self.gram, out, (moments, moments), self.count, True)
+            return out
+        d = self.width
+        for m in range(1, self.models):
+            column = m * d - self._columns.start
+            block = self.gram[:d, column : column + d]
+            correlations(block, out[m - 1], (moments[:, :d], moments[:, m * d : (m + 1) * d]), self.count, False)
+        return out
+
+
+def add_to(
+    gram: Tensor, vectors: Tensor, features: list[Tensor], dim: int, planes: int, width: int, models: int, cross: bool
+) -> None:
+    """Add a batch to sums that the caller owns, without waiting for the device; see ``mudsc_fast.library``."""
+    sums = TritonCovariance.__new__(TritonCovariance)
+    sums.width, sums.models, sums.cross, sums.device = width, models, cross, gram.device
+    sums.gram, sums.vectors, sums._unusable = gram, vectors, ""
+    sums._columns = slice(width if cross else 0, width * models)
+    sums.config = product_config("add", capability(gram.device))
+    sources = _sources(features, dim)
+    if planes > 1:
+        sums._add_planes(sources, planes, torch.bfloat16)
+        return
+    zero = torch.zeros(width, device=gram.device)
+    moments = torch.cat([split(source, zero, zero + 1.0) for source in sources], dim=1)
+    sums._add_raw(features, sources, False, dim)
+    vectors[2:] += moments[:2]
+
+
+class _Writing:
+    """Marks the accumulators unusable where what is done inside fails: their tiles may be half written."""
+
+    def __init__(self, sums: TritonCovariance) -> None:
+        self.sums = sums
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.sums._unusable = str(error)
+
+
+def _sources(features: list[Tensor], dim: int) -> list[Source]:
+    """The models' inputs with one inner length; a tensor whose samples have more than two levels of strides is
+    copied."""
+    found = [strided(x, (dim % x.dim(),)) for x in features]
+    if all(source is not None for source in found):
+        inner = min(source.inner for source in found if source is not None)
+        cut = [strided(x, (dim % x.dim(),), inner) for x in features]
+        if all(source is not None for source in cut):
+            return [source for source in cut if source is not None]
+    copies = [x.movedim(dim, -1).reshape(-1, x.shape[dim]).contiguous() for x in features]
+    return [Source(x, x.shape[1], 1, x.shape[0], 0, x.stride(0), 1) for x in copies]
+
+
+def _in_place(x: Tensor, dim: int) -> Operand | None:
+    """The input as an operand that is read where it lies, or None."""
+    source = strided(x, (dim % x.dim(),))
+    if source is None or source.units == 1:
+        return None
+    size, steps = (source.samples, source.units), (source.inner_step, source.unit_step)
+    if source.outer == 1 and source.unit_step == 1 and source.inner_step >= source.units:
+        return Operand(x.as_strided(size, steps))
+    images = (source.outer, source.units, source.inner), (source.outer_step, source.unit_step, 1)
+    if source.inner_step == 1 and source.inner > 1 and source.unit_step >= source.inner:
+        if source.outer == 1:
+            images = images[0], (source.units * source.unit_step, source.unit_step, 1)
+        operand = Operand(x.as_strided(*images))
+        return operand if operand.aligned else None
+    return None

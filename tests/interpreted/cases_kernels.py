@@ -1,0 +1,142 @@
+"""Every case of `kernels`, one test each. Run by tests/test_triton_interpreted.py in a process with
+TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import kernels
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+
+@pytest.mark.parametrize("case", kernels.CASES, ids=lambda case: case.name)
+def test_case(case: kernels.Case) -> None:
+    assert case.error(0) <= case.tolerance
+
+
+@triton.jit
+def _round_trip(x, y, z, N: tl.constexpr):
+    at = tl.arange(0, N)
+    half = tl.load(x + at).to(tl.bfloat16)
+    tl.store(y + at, half)
+    tl.store(z + at, half.to(tl.float32))
+
+
+@triton.jit
+def _product(a, b, c, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+def test_bfloat16_rounds_as_hardware_does() -> None:
+    # To nearest, ties to even (PTX cvt.rn.bf16.f32): the neighbours of ties, subnormals, overflow, signed zeros, NaN.
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    ties = (torch.arange(0x3F00, 0x4100, dtype=torch.int32)[:, None] << 16) + torch.tensor([0x7FFF, 0x8000, 0x8001])
+    special = torch.tensor([0x0, -(2**31), 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x1, 0x8000, 0x18000, 0x7F7F8000])
+    x = torch.cat((bits, ties.flatten().to(torch.int32), special.to(torch.int32)))
+    x = torch.cat((x, x.new_zeros(8192 - len(x)))).view(torch.float32)
+    y, z = torch.empty(8192, dtype=torch.bfloat16), torch.empty(8192)
+    _round_trip[(1,)](x, y, z, N=8192)
+    wanted = x.to(torch.bfloat16)
+    assert torch.equal(y.isnan(), x.isnan())
+    kept = ~x.isnan()
+    assert torch.equal(y[kept].view(torch.int16), wanted[kept].view(torch.int16))
+    assert torch.equal(z[kept], wanted[kept].float())
+    # By hand: 1 + 2**-8 is a tie between 1 and 1 + 2**-7, and goes to the even one; a little more goes up.
+    assert kernels.interpreter_fixes.rounded(np.float32([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20])).tolist() == [
+        0x3F80, 0x3F82, 0x3F81
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_are_exact_in_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randint(-8, 9, (32, 32), generator=generator).to(dtype) / 8 for _ in range(2))
+    c = torch.empty(32, 32)
+    _product[(1,)](a, b, c, N=32)
+    assert torch.equal(c, a.float() @ b.float())
+
+
+def test_the_rule_chooses_by_mean_over_deviation() -> None:
+    for ratio, raw in ((0.0, True), (1.6, True), (3.0, False), (100.0, False)):
+        batch = [x.bfloat16() for x in kernels.features(300, 9, 2, ratio)]
+        assert kernels.covariance_error([batch], raw=raw) <= kernels.CORRELATION, ratio
+
+
+def test_three_planes_are_as_exact_as_a_float32_product() -> None:
+    x = kernels.features(300, 17)
+    batch = [y.float() for y in x]
+    stacked = torch.cat([y - y.mean(dim=0) for y in batch], dim=1)
+    wanted = stacked.double().T @ stacked.double()
+    size = stacked.double().abs().T @ stacked.double().abs()
+    theirs = float(((stacked.T @ stacked - wanted).abs() / size).max())
+    with kernels.cut_as(kernels.SMALL):
+        found = kernels.mf.Covariance(17, backend="triton")
+        found.update(batch)
+    sums = found._sums
+    scale = sums.vectors[1]
+    gram = (sums.gram.double() / scale[:, None] / scale).triu()
+    ours = float(((gram - wanted.triu()).abs() / size).max())
+    assert ours <= 2 * theirs, (ours, theirs)
+
+
+def test_a_failed_launch_leaves_the_sums_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    covariance = kernels.mf.Covariance(8, backend="triton")
+    batch = [x.bfloat16() for x in kernels.features(20, 8)]
+    covariance.update(batch)
+    monkeypatch.setattr(kernels.covariance_sums, "add_product", _broken)
+    with pytest.raises(RuntimeError, match="add_kernel"):
+        covariance.update(batch)
+    monkeypatch.undo()
+    for use in (covariance.correlation, covariance.state_dict, lambda: covariance.update(batch)):
+        with pytest.raises(RuntimeError, match=r"unusable.*add_kernel"):
+            use()
+
+
+def test_a_batch_that_fails_before_the_sums_are_touched_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    covariance = kernels.mf.Covariance(8, backend="triton")
+    batch = [x.bfloat16() for x in kernels.features(20, 8)]
+    covariance.update(batch)
+    before = covariance.correlation()
+    monkeypatch.setattr(kernels.covariance_sums, "split", _broken)
+    with pytest.raises(RuntimeError, match="add_kernel"):
+        covariance.update(batch)
+    monkeypatch.undo()
+    assert covariance.count == 20
+    assert torch.equal(covariance.correlation(), before)
+
+
+def _broken(*args: object, **options: object) -> None:
+    raise RuntimeError("product.add_kernel failed on cpu: OutOfResources")
+
+
+def test_too_little_memory_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(MemoryError, match=r'1\.00 GiB.*scope="cross" needs less'):
+        kernels.mf.Covariance(8192, backend="triton")
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    good = [torch.ones(4, 3), torch.eye(4)[:, :3]]
+    bad = [torch.ones(4, 2), torch.full((4, 2), float("nan"))]
+    with pytest.raises(ValueError, match=r"terms\[1\].*NaN"):
+        kernels.mf.weight_similarity([good, bad], backend="triton")
+
+
+def test_candidates_check_what_they_are_given() -> None:
+    tiles = kernels.similarity_tiles.Similarities(
+        kernels._tables([[torch.eye(4), torch.eye(4)]])[0], 4, 2, 1.0, None, kernels.CPU
+    )
+    for call, words in (
+        (lambda: tiles.candidates(5), "k: expected 1..4"),
+        (lambda: tiles.candidates(2, m=2), "m: expected 1..1"),
+        (lambda: tiles.candidates(2, torch.zeros(3)), "prices: expected shape"),
+        (lambda: tiles.rows(torch.tensor([4])), r"wanted: expected units 0\.\.3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,16 @@ def test_every_configuration_is_compiled() -> None:
         for use in configs.TABLES:
             for chip in triton_code.CHIPS:
                 assert {(chip, config.name) for config in configs.listed(use, chip)} <= made
+
+
+def test_the_document_counts_the_compilations() -> None:
+    from benchmarks.proof import triton_code
+
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    pattern = r"^\|[^|]+\| `(\w+\.\w+_kernel)` \|[^|]+\|[^|]+\| (\d+) \|"
+    counted = Counter(case.kernel for case in triton_code.cases())
+    shown = {name: int(n) for name, n in re.findall(pattern, text, re.M) if name in counted}
+    assert shown == counted
 
 
 def test_records_kept_are_those_of_todays_kernels() -> None:

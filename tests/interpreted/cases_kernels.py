@@ -3,6 +3,10 @@ TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from pathlib import Path
+
 import kernels
 import numpy as np
 import pytest
@@ -106,6 +110,13 @@ def test_a_batch_that_fails_before_the_sums_are_touched_changes_nothing(monkeypa
     monkeypatch.undo()
     assert covariance.count == 20
     assert torch.equal(covariance.correlation(), before)
+
+
+def test_the_document_counts_the_cases() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    shown = {name: int(n) for name, n in re.findall(r"^\|[^|]+\| `(\w+\.\w+_kernel)` \|[^|]+\| (\d+) \|", text, re.M)}
+    counted = Counter(kernel for case in kernels.CASES for kernel in case.kernels)
+    assert {name: n for name, n in shown.items() if name in counted} == counted
 
 
 def _broken(*args: object, **options: object) -> None:

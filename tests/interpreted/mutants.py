@@ -6,9 +6,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+
+import torch  # noqa: F401 (imported once, before the forks)
+import triton.language  # noqa: F401
 
 import mudsc_fast
 
@@ -20,13 +25,14 @@ MUTANTS = (
     ("product", "inside = (t < rows_left)[:, None] &", "inside = (t < DEPTH)[:, None] &", "covariance, bfloat16, pointers, a slice of rows"),
     ("product", "j * COLUMNS, samples - row", "0, samples - row", "covariance, bfloat16, width 33"),
     ("product", "step = first + at - pair * count", "step = at - pair * count", "covariance, bfloat16, 130 samples"),
-    ("product", "at = out + (r - first_row).to", "at = out + r.to", "candidates, reduced costs and rows, in pieces"),
+    ("product", "at = out + (r - first_row).to(tl.int64) * out_pitch", "at = out + r.to(tl.int64) * out_pitch", "candidates, reduced costs and rows, in pieces"),
     ("product", "inside = row_in[:, None] & column_in[None, :]", "inside = row_in[:, None] & (c >= 0)[None, :]", "similarity, float32, 33 x 65"),
     ("product", "below = below & (r[None, :] < c[:, None])", "below = below & (r[None, :] <= c[:, None] + 64)", "similarity, float32, 33 x 65"),
     ("product", "centred = products * over - row_mean[:, None] * column_mean[None, :]", "centred = products * over", "covariance, bfloat16, mean/std 1.5, cross"),
+    ("product", "gram + r.to(tl.int64)[:, None] * gram_pitch + c[None, :]", "gram + r.to(tl.int64)[:, None] * gram_pitch + 0 * c[None, :]", "similarity, blend cross into cross"),
     ("split", "finite = tl.abs(value) < float(\"inf\")", "finite = tl.abs(value) >= 0.0", "covariance, not finite"),
     ("split", "at + p * plane_step", "at", "covariance, float32, 33 samples"),
-    ("split", "row = first_row + o.to(tl.int64) * inner + s", "row = o.to(tl.int64) * inner + s", "similarity, float32, layouts"),
+    ("split", "row = first_row + o * inner + s", "row = o * inner + s", "similarity, float32, layouts"),
     ("split", "offset = s.to(tl.int64)[:, None] * inner_step", "offset = (s * inner_step.to(tl.int32))[:, None]", "covariance, strides past 32 bits"),
     ("correlation", "(r[None, :] < c[:, None])\n        tl.store", "(r[None, :] < c[:, None] + 200)\n        tl.store", "covariance, bfloat16, width 65"),
 )  # fmt: skip
@@ -40,33 +46,35 @@ def survivors() -> list[str]:
         if source.count(text) < 1:
             found.append(f"{module}: {text!r} is not in the source any more")
             continue
-        if not _noticed(module, source.replace(text, other, 1), case_name):
+        # A process each: a mutant may write where it must not, and a crash is a notice, too.
+        child = os.fork()
+        if child == 0:
+            signal.alarm(120)
+            os._exit(0 if _noticed(module, source.replace(text, other, 1), case_name) else 1)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 1:
             found.append(f"{module}: {text!r} -> {other!r} passes {case_name!r}")
+        elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+            found.append(f"{module}: {text!r} -> {other!r} does not end")
     return found
 
 
 def _noticed(module: str, source: str, case_name: str) -> bool:
     prefix = "mudsc_fast.backends.triton"
-    for name in [name for name in sys.modules if name.startswith(prefix) or name == "kernels"]:
-        del sys.modules[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{module}.py"
         path.write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(f"{prefix}.{module}", path)
-        if spec is None or spec.loader is None:
-            raise RuntimeError(f"cannot load {path}")
         # The package first, then the mutant in the place of its module, then those that import from it.
         package = importlib.util.spec_from_file_location(
             prefix, FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
         )
-        if package is None:
-            raise RuntimeError(f"cannot load {FOLDER}")
+        spec = importlib.util.spec_from_file_location(f"{prefix}.{module}", path)
+        if spec is None or spec.loader is None or package is None or package.loader is None:
+            raise RuntimeError(f"cannot load {path}")
         sys.modules[prefix] = importlib.util.module_from_spec(package)
-        mutant = importlib.util.module_from_spec(spec)
-        sys.modules[f"{prefix}.{module}"] = mutant
-        spec.loader.exec_module(mutant)
-        if package.loader is not None:
-            package.loader.exec_module(sys.modules[prefix])
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+        package.loader.exec_module(sys.modules[prefix])
         import kernels
 
         case = next(case for case in kernels.CASES if case.name == case_name)

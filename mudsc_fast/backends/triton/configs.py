@@ -87,27 +87,25 @@ _ADD: dict[int, tuple[ProductConfig, ...]] = {
     ),
 }
 _BLEND: dict[int, tuple[ProductConfig, ...]] = {
-    80: (ProductConfig(128, 128, 32, 8, 4, False, "as for sums; whole tiles spill 88 bytes", slices=4),),
+    80: (ProductConfig(128, 128, 32, 8, 4, False, "as for sums; quarters spill 48 bytes with Triton 3.6", slices=8),),
     90: (
         ProductConfig(128, 128, 64, 8, 4, True, "whole tiles spill 216 bytes, halves 16, quarters none", slices=4),
         ProductConfig(
             128, 128, 64, 8, 3, True, "96 KiB of shared memory: two blocks an SM where registers allow", slices=4
         ),
     ),
-    100: (
-        ProductConfig(128, 128, 64, 8, 4, True, "quarters spill 96 bytes where rows are kept, eighths none", slices=8),
-    ),
+    100: (ProductConfig(128, 128, 64, 8, 4, True, "whole tiles spill 416 bytes, quarters none", slices=4),),
 }
 _SPLIT: dict[int, tuple[SplitConfig, ...]] = {
     80: (
-        SplitConfig(
-            32, 128, 1024, 8, "256 B a row of a 16-bit input; 1024 rows make the partial sums 1 % of the input"
-        ),
-        SplitConfig(16, 128, 1024, 4, "as many entries a thread in smaller blocks, for narrow spaces"),
+        SplitConfig(32, 64, 1024, 8, "128 B a row of a 16-bit input; 16 entries a thread would spill up to 32 bytes"),
+        SplitConfig(16, 128, 1024, 8, "256 B a row, as many entries a thread"),
     ),
 }
 _SPLIT_ACROSS: dict[int, tuple[SplitConfig, ...]] = {
-    80: (SplitConfig(64, 64, 1024, 8, "samples are adjacent in the input and units in the planes: 128 B both ways"),),
+    80: (
+        SplitConfig(32, 64, 1024, 8, "samples are adjacent in the input, units in the planes: sectors of 64 and 128 B"),
+    ),
 }
 _SPLIT_TABLES: dict[int, tuple[SplitConfig, ...]] = {
     80: (SplitConfig(16, 128, 1024, 8, "64-bit offsets of 16 entries a thread spill 120 bytes, of 8 none"),),

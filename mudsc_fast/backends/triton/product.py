@@ -157,14 +157,11 @@ def blend_kernel(
             left_units, right_units, left_pitch, right_pitch,
             DESCRIPTORS, False, PRODUCTS, LEFT, RIGHT, ROWS, COLUMNS, DEPTH, STAGES,
         )  # fmt: skip
-        best = _finish(
+        _finish(
             acc, i * ROWS, j * COLUMNS, out, partial, left_units, right_units, out_pitch,
             left_moments, right_moments, moments_pitch, gram, gram_pitch, over_columns, over_count, balance, prices,
             first_row, mirrored, PARTIAL, ACTIVATION, TRIANGLE, MIRROR, PRICES, LARGEST, ROWS, COLUMNS, SLICES,
         )  # fmt: skip
-        if LARGEST:
-            r = i * ROWS + tl.arange(0, ROWS)
-            tl.atomic_max(out + r - first_row, best, mask=r < left_units, sem="relaxed")
 
 
 @triton.jit
@@ -179,19 +176,18 @@ def _finish(
     largest."""
     if SLICES > 1:
         a, b = _halves(acc, ROWS, COLUMNS)
-        best = _finish(
+        _finish(
             a, row, column, out, partial, left_units, right_units, out_pitch,
             left_moments, right_moments, moments_pitch, gram, gram_pitch, over_columns, over_count, balance, prices,
             first_row, mirrored, PARTIAL, ACTIVATION, TRIANGLE, MIRROR, PRICES, LARGEST,
             ROWS, COLUMNS // 2, SLICES // 2,
         )  # fmt: skip
-        other = _finish(
+        _finish(
             b, row, column + COLUMNS // 2, out, partial, left_units, right_units, out_pitch,
             left_moments, right_moments, moments_pitch, gram, gram_pitch, over_columns, over_count, balance, prices,
             first_row, mirrored, PARTIAL, ACTIVATION, TRIANGLE, MIRROR, PRICES, LARGEST,
             ROWS, COLUMNS // 2, SLICES // 2,
         )  # fmt: skip
-        best = tl.maximum(best, other)
     else:
         r = row + tl.arange(0, ROWS)
         c = column + tl.arange(0, COLUMNS)
@@ -228,8 +224,10 @@ def _finish(
             found = tl.where(r[:, None] == c[None, :], 1.0, found)
         if PRICES:
             found -= tl.load(prices + c, mask=column_in, other=0.0)[None, :]
-        best = tl.max(tl.where(inside, found, float("-inf")), axis=1)
-        if not LARGEST:
+        if LARGEST:
+            best = tl.max(tl.where(inside, found, float("-inf")), axis=1)
+            tl.atomic_max(out + r - first_row, best, mask=row_in, sem="relaxed")
+        else:
             tl.store(out + at, found, mask=inside)
             if MIRROR:
                 across = mirrored + c.to(tl.int64)[:, None] * out_pitch + r[None, :]
@@ -237,7 +235,6 @@ def _finish(
                 if TRIANGLE:
                     below = below & (r[None, :] < c[:, None])
                 tl.store(across, found.T, mask=below)
-    return best
 
 
 def _common(left: Operand, right: Operand, config: ProductConfig) -> tuple[Any, Any, dict[str, Any]]:

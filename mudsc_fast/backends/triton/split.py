@@ -49,9 +49,11 @@ def split_kernel(
     times = tl.load(scale + u, mask=unit_in, other=1.0)[None, :]
     sums = tl.zeros((UNITS,), tl.float64)
     squares = tl.zeros((UNITS,), tl.float64)
-    bad = tl.zeros((UNITS,), tl.float64)
-    for o in range(first * group, tl.minimum((first + 1) * group, outer)):
-        base = x + o.to(tl.int64) * outer_step
+    bad = tl.zeros((UNITS,), tl.int32)
+    from_outer = (first * group).to(tl.int64)
+    for k_outer in range(0, tl.minimum(group, outer - first * group)):
+        o = from_outer + k_outer
+        base = x + o * outer_step
         for start in range(part * WALK, tl.minimum((part + 1) * WALK, inner), SAMPLES):
             s = start + tl.arange(0, SAMPLES)
             inside = (s < inner)[:, None] & unit_in[None, :]
@@ -74,8 +76,8 @@ def split_kernel(
             y = (tl.where(finite, value, 0.0) - less) * times
             y = tl.where(inside, y, 0.0)
             sums += tl.sum(y.to(tl.float64), axis=0)
-            bad += tl.sum(tl.where(finite, 0.0, 1.0).to(tl.float64), axis=0)
-            row = first_row + o.to(tl.int64) * inner + s
+            bad += tl.sum(tl.where(finite, 0, 1), axis=0)
+            row = first_row + o * inner + s
             at = planes + row[:, None] * pitch + u[None, :]
             kept = y
             rest = y
@@ -90,7 +92,7 @@ def split_kernel(
     into = partial + slot.to(tl.int64) * 3 * units + u
     tl.store(into, sums, mask=unit_in)
     tl.store(into + units, squares, mask=unit_in)
-    tl.store(into + 2 * units, bad, mask=unit_in)
+    tl.store(into + 2 * units, bad.to(tl.float64), mask=unit_in)
 
 
 @dataclass(frozen=True)

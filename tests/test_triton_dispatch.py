@@ -43,6 +43,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason() == "Triton kernels need compute capability 8.0, this GPU has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert reason() is None
+    monkeypatch.setattr(backends, "_triton_version", lambda: "3.4.1")
+    assert reason() == "Triton 3.4.1 is installed, its kernels here need 3.6 or newer (which torch 2.11 brings)"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert reason() == "triton is not installed (pip install 'mudsc-fast[gpu]')"
 

@@ -7,12 +7,15 @@ one asked for by name that cannot run is an error with the reason. Nothing falls
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+
+TRITON_NEEDED = (3, 6)  # the oldest that the kernels were compiled with and read back
 
 
 def _always() -> str | None:
@@ -32,12 +35,22 @@ def _why_no_cuda_kernels() -> str | None:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'mudsc-fast[gpu]')"
+    found = _triton_version()
+    if found and tuple(int(part) for part in found.split(".")[:2]) < TRITON_NEEDED:
+        return f"Triton {found} is installed, its kernels here need 3.6 or newer (which torch 2.11 brings)"
     if not torch.cuda.is_available():
         return f"torch finds no CUDA device{_driver_trouble()}"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"Triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
     return None
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # nightly builds have other names
+        return ""
 
 
 def _driver_trouble() -> str:

@@ -209,8 +209,8 @@ def _unusual(name: str) -> Error:
 
 def _far_apart(seed: int) -> float:
     """Strides past 32 bits; only the pages that are touched take memory."""
-    store = torch.empty(2**31 + 64, dtype=torch.bfloat16)
-    views = [store.as_strided(size, step) for size, step in (((34, 6), (2**31 // 33, 1)), ((34, 6), (1, 2**31 // 5)))]
+    store = torch.empty(2**31 * 5 // 4 + 64, dtype=torch.bfloat16)
+    views = [store.as_strided((34, 6), steps) for steps in ((2**31 // 30, 1), (1, 2**31 // 4))]
     worst = 0.0
     for x in views:
         x.copy_(torch.randn(34, 6, generator=torch.Generator().manual_seed(seed)))

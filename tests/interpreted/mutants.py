@@ -34,7 +34,7 @@ MUTANTS = (
     ("split", "at + p * plane_step", "at", "covariance, float32, 33 samples"),
     ("split", "row = first_row + o * inner + s", "row = o * inner + s", "similarity, float32, layouts"),
     ("split", "offset = s.to(tl.int64)[:, None] * inner_step", "offset = (s * inner_step.to(tl.int32))[:, None]", "covariance, strides past 32 bits"),
-    ("correlation", "(r[None, :] < c[:, None])\n        tl.store", "(r[None, :] < c[:, None] + 200)\n        tl.store", "covariance, bfloat16, width 65"),
+    ("correlation", "inside = inside & (r[:, None] <= c[None, :])", "inside = inside & (r[:, None] <= c[None, :] + 200)", "covariance, bfloat16, width 65"),
 )  # fmt: skip
 
 

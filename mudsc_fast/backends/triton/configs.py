@@ -97,10 +97,7 @@ _BLEND: dict[int, tuple[ProductConfig, ...]] = {
     100: (ProductConfig(128, 128, 64, 8, 4, True, "whole tiles spill 416 bytes, quarters none", slices=4),),
 }
 _SPLIT: dict[int, tuple[SplitConfig, ...]] = {
-    80: (
-        SplitConfig(32, 64, 1024, 8, "128 B a row of a 16-bit input; 16 entries a thread would spill up to 32 bytes"),
-        SplitConfig(16, 128, 1024, 8, "256 B a row, as many entries a thread"),
-    ),
+    80: (SplitConfig(16, 64, 1024, 8, "4 entries a thread, 16 B of float32; 8 would spill 8 bytes, 16 up to 32"),),
 }
 _SPLIT_ACROSS: dict[int, tuple[SplitConfig, ...]] = {
     80: (

@@ -47,7 +47,7 @@ def _tiles(n: int, rows: int, columns: int) -> int:
 
 def shapes() -> Iterator[Shape]:
     """Spaces of real models: two models, so that n = 2 * width units are multiplied."""
-    rows, columns, chunk = 128, 256, 1024
+    rows, columns, chunk = 128, 256, 4096  # the chunk at means near 0; planes take half of it
     for width, samples in ((1024, 65_536), (4096, 65_536), (8192, 65_536), (14_336, 32_768)):
         n = 2 * width
         tile = rows * columns * (2 * _tiles(width, rows, columns) + -(-width // rows) * -(-width // columns))
@@ -62,7 +62,7 @@ def shapes() -> Iterator[Shape]:
             planes = 6.0 * n * samples
             yield Shape(
                 f"covariance, float32, 2 x {width}, {samples:,} samples", "product.add_kernel", "float32 in 3 planes",
-                6 * once, planes + added, full,
+                6 * once, planes + 2 * added, full,
             )  # fmt: skip
             yield Shape(
                 f"planes of float32, 2 x {width}, {samples:,} samples", "split.split_kernel",
@@ -70,7 +70,7 @@ def shapes() -> Iterator[Shape]:
             )  # fmt: skip
     for width, k in ((4096, 24_576), (8192, 57_344), (14_336, 24_576)):
         one = 2.0 * width * width * k
-        moved = 12.0 * width * k + 8.0 * width * width * k / 1024
+        moved = 12.0 * width * k + 8.0 * width * width * k / 4096
         variant = "cross, 3 planes, last of several"
         yield Shape(
             f"similarity, float32, cross, {width} units, {k:,} columns", "product.blend_kernel", variant, 6 * one,
@@ -78,7 +78,7 @@ def shapes() -> Iterator[Shape]:
         )  # fmt: skip
         yield Shape(
             f"similarity, bf16, cross, {width} units, {k:,} columns", "product.blend_kernel", "cross, 1 plane", one,
-            4.0 * width * k + 8.0 * width * width * k / 1024, one,
+            4.0 * width * k + 8.0 * width * width * k / 4096, one,
         )  # fmt: skip
     for n in (8192, 28_672):
         yield Shape(

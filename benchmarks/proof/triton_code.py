@@ -117,7 +117,6 @@ def _shape(config: Any, planes: int) -> dict[str, Any]:
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "DEPTH": config.depth,
-        "CHUNK_STEPS": config.chunk // config.depth,
         "STAGES": config.stages,
         "SLICES": config.slices,
     }
@@ -125,7 +124,8 @@ def _shape(config: Any, planes: int) -> dict[str, Any]:
 
 def _add(config: Any, chip: int, variant: AddVariant) -> Case:
     integers = (
-        "tile_count splits steps samples image_steps plane_rows left_units right_units left_pitch right_pitch out_pitch"
+        "tile_count splits chunk_steps steps samples image_steps plane_rows left_units right_units"
+        " left_pitch right_pitch out_pitch"
         " first_row"
     )
     out = f"tensordesc<fp32[{config.rows}, {config.columns}]>" if config.add_descriptors else "*fp32"
@@ -134,6 +134,7 @@ def _add(config: Any, chip: int, variant: AddVariant) -> Case:
     constants = {
         "CHANNELS": variant.channels,
         "ADD_DESCRIPTORS": config.add_descriptors,
+        "HELD": config.held,
         **_shape(config, variant.planes),
     }
     # What is not a multiple of 16 in general, so that nothing is proven for lucky sizes alone.
@@ -154,7 +155,6 @@ def _blend(config: Any, chip: int, variant: tuple[str, int, dict[str, bool]]) ->
     signature |= {"prices": "*fp32", "first_row": "i32", "mirrored": "*fp32"}
     constants = dict.fromkeys(("PARTIAL", "ACTIVATION", "TRIANGLE", "MIRROR", "PRICES", "LARGEST"), False)
     constants |= flags | _shape(config, planes)
-    del constants["CHUNK_STEPS"]
     return Case(
         "product.blend_kernel", name, chip, config.name, signature, constants, config.warps, config.stages,
         ("tile_count", "first_step", "steps", "samples"), True, config.descriptors,

@@ -20,7 +20,8 @@ TUNED = Path(__file__).with_name("tuned.json")
 class ProductConfig:
     """A product X^T Y of two sets of units over samples.
 
-    rows, columns: units a tile. depth: samples a step. chunk: samples that tensor cores add up before the sum is
+    rows, columns: units a tile. depth: samples a step. held: chunks that are added up in registers before memory.
+    chunk: samples that tensor cores add up before the sum is
     rounded to nearest outside of them. group: tile rows that are walked together, so that their operands stay in the L2
     cache.
     descriptors: operands come by bulk tensor loads. add_descriptors: tiles are added by bulk tensor reductions.
@@ -36,6 +37,7 @@ class ProductConfig:
     reason: str
     add_descriptors: bool = False
     slices: int = 1
+    held: int = 1
     chunk: int = 1024
     group: int = 8
 
@@ -48,7 +50,7 @@ class ProductConfig:
         """What a results file calls it."""
         shape = f"{self.rows}x{self.columns}x{self.depth}w{self.warps}s{self.stages}c{self.chunk}g{self.group}"
         flags = ("descriptors" if self.descriptors else "pointers", "added" * self.add_descriptors)
-        return "-".join(filter(None, (shape, f"p{self.slices}", *flags)))
+        return "-".join(filter(None, (shape, f"p{self.slices}h{self.held}", *flags)))
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ _ADD: dict[int, tuple[ProductConfig, ...]] = {
         ProductConfig(128, 256, 64, 8, 4, True, "48 B of loads a clock and SM; 128 x 128 needs 64, the L2 cache's all"),
         ProductConfig(128, 128, 64, 8, 4, True, "134 registers instead of 247, and twice as many tiles"),
         ProductConfig(128, 128, 64, 8, 4, True, "90 registers: tiles leave by bulk reduction, not by atomics", True),
+        ProductConfig(
+            128, 128, 64, 8, 4, True, "16 chunks in registers: memory sees a sixteenth of the sums", slices=4, held=16
+        ),
         ProductConfig(128, 128, 64, 4, 3, True, "two blocks an SM: one adds while the other multiplies"),
     ),
     100: (

@@ -23,11 +23,12 @@ from mudsc_fast.backends.torch_device import DEAD, TorchCovariance
 from mudsc_fast.backends.triton.configs import ProductConfig, product_config
 from mudsc_fast.backends.triton.correlation import correlations, mirror, moments_of
 from mudsc_fast.backends.triton.launching import allocate, capability
-from mudsc_fast.backends.triton.product import Operand, add_product
+from mudsc_fast.backends.triton.product import Operand, add_product, lengthening, readable
 from mudsc_fast.backends.triton.split import Source, split, strided
 
 # Tensor cores round sums toward zero: 64 additions of 16 samples lose up to 1.4e-6 of a chunk's sum, which is (1 +
-# ratio^2) times the covariance at worst. 5 * 1.4e-6 leaves 3e-6 for what a million samples lose between chunks.
+# ratio^2) times the covariance at worst. 5 * 1.4e-6 leaves 3e-6 for what a million samples lose between chunks. Where
+# the ratio is smaller, chunks are longer (``lengthening``).
 RAW_RATIO = 2.0
 TINY, HUGE = 1e-30, 1e30  # mean squares between which float32 holds sums of products of two units
 WORKSPACE = 2**29  # bytes of planes at a time
@@ -67,8 +68,9 @@ class TritonCovariance(TorchCovariance):
         half = features[0].dtype in HALF and len({x.dtype for x in features}) == 1
         if self.raw:
             sums, squares, bad = self._moments(sources)
-            if half and self._may_stay_raw(sums, squares, sources[0].samples):
-                self._add_raw(features, sources, bad, dim)
+            ratio = self._raw_ratio(sums, squares, sources[0].samples) if half else torch.inf
+            if ratio <= RAW_RATIO:
+                self._add_raw(features, sources, bad, dim, lengthening(ratio))
                 self.vectors[2:] += torch.stack((sums, squares))
                 self.count += sources[0].samples
                 return
@@ -86,15 +88,15 @@ class TritonCovariance(TorchCovariance):
         sums, squares, bad = torch.cat(found, dim=1)
         return sums, squares, bool(bad.any())
 
-    def _may_stay_raw(self, sums: Tensor, squares: Tensor, samples: int) -> bool:
-        """The rule, over all samples so far and these."""
+    def _raw_ratio(self, sums: Tensor, squares: Tensor, samples: int) -> float:
+        """The largest |mean| / deviation of a living unit, over all samples so far and these; infinity out of range."""
         count = self.count + samples
         mean, square = (self.vectors[2] + sums) / count, (self.vectors[3] + squares) / count
         variance = square - mean.square()
         dead = variance <= DEAD**2 * square
-        small = mean.square() <= RAW_RATIO**2 * variance
         in_range = (square == 0.0) | ((square >= TINY) & (square <= HUGE))
-        return bool(((dead | small) & in_range).all())
+        ratio = torch.where(dead, 0.0, mean.abs() / variance.clamp(min=0.0).sqrt())
+        return float(torch.where(in_range, ratio, torch.inf).max())
 
     def _leave_raw(self, sums: Tensor, squares: Tensor, samples: int) -> None:
         """Shift by the means so far, and scale by powers of two near the deviations, from now on."""
@@ -107,20 +109,23 @@ class TritonCovariance(TorchCovariance):
         self.rebase(mean.float().double(), scale)
         self.raw = False
 
-    def _add_raw(self, features: list[Tensor], sources: list[Source], bad: bool, dim: int) -> None:
+    def _add_raw(self, features: list[Tensor], sources: list[Source], bad: bool, dim: int, lengthen: int = 1) -> None:
         """Multiply 16-bit inputs as they are: in place where bulk loads can read them, else through one clean plane."""
         operands = [_in_place(x, dim) for x in features]
         placed = [operand for operand in operands if operand is not None]
         shapes = {(operand.images, operand.samples) for operand in placed}
-        readable = len(placed) == len(features) and len(shapes) == 1
-        if bad or not readable or not (self.config.descriptors or not placed[0].images):
-            self._add_planes(sources, 1, features[0].dtype, keep_moments=False)
+        in_place = len(placed) == len(features) and len(shapes) == 1
+        if bad or not in_place or not all(readable(operand, self.config) for operand in placed):
+            self._add_planes(sources, 1, features[0].dtype, lengthen, keep_moments=False)
             return
         with self._writing():
-            self._multiply(placed)
+            self._multiply(placed, lengthen)
 
-    def _add_planes(self, sources: list[Source], planes: int, dtype: torch.dtype, keep_moments: bool = True) -> None:
-        """Split a batch piece by piece, and multiply each."""
+    def _add_planes(
+        self, sources: list[Source], planes: int, dtype: torch.dtype, lengthen: int = 2, keep_moments: bool = True
+    ) -> None:
+        """Split a batch piece by piece, and multiply each; the shift is within a deviation of the mean: chunks of twice
+        the length."""
         pitch = -(-self.width // 8) * 8  # rows of 16 bytes
         depth = self.config.depth
         most = max(self.config.chunk, WORKSPACE // (2 * planes * pitch * self.models) // depth * depth)
@@ -143,18 +148,18 @@ class TritonCovariance(TorchCovariance):
                 for m in range(self.models)
             ]
             with self._writing():
-                self._multiply(operands)
+                self._multiply(operands, lengthen)
         if keep_moments:
             self.vectors[2:] += totals
 
-    def _multiply(self, operands: list[Operand]) -> None:
+    def _multiply(self, operands: list[Operand], lengthen: int) -> None:
         """Add the products of all pairs of models that are kept."""
         d = self.width
         for m in range(1 if self.cross else self.models):
             for other in range(m + int(self.cross), self.models):
                 column = other * d - self._columns.start
                 block = self.gram[m * d : (m + 1) * d, column : column + d]
-                add_product(operands[m], operands[other], block, m == other, self.config)
+                add_product(operands[m], operands[other], block, m == other, self.config, lengthen=lengthen)
 
     # ---- what a failure leaves ----
 

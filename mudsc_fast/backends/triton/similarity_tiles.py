@@ -20,7 +20,7 @@ from mudsc_fast.backends.torch_device import DEAD, TorchCovariance
 from mudsc_fast.backends.triton.configs import product_config
 from mudsc_fast.backends.triton.covariance_sums import FEW, HALF, HUGE, RAW_RATIO, TINY
 from mudsc_fast.backends.triton.launching import allocate, capability
-from mudsc_fast.backends.triton.product import Operand, add_product, blend_products
+from mudsc_fast.backends.triton.product import Operand, add_product, blend_products, lengthening
 from mudsc_fast.backends.triton.split import Source, split, strided
 from mudsc_fast.backends.triton.wide import wide_similarity
 
@@ -105,15 +105,19 @@ class Similarities:
         mean, square = sums / self.columns, squares / self.columns
         variance = square - mean.square()
         fits = (square == 0.0) | ((square >= TINY) & (square <= HUGE))
-        small = ((variance <= DEAD**2 * square) | (mean.square() <= RAW_RATIO**2 * variance)) & fits
-        flags = torch.cat((torch.stack([moments[2].any() for moments in found]), small.all()[None])).tolist()
+        dead = variance <= DEAD**2 * square
+        ratio = torch.where(dead, 0.0, mean.abs() / variance.clamp(min=0.0).sqrt())
+        largest = torch.where(fits, ratio, torch.inf).max()
+        flags = torch.cat((torch.stack([moments[2].sum() for moments in found]), largest[None])).tolist()
         for t, bad in enumerate(flags[:-1]):
             if bad:
                 raise ValueError(f"terms[{t}]: expected finite weights, got NaN or infinity")
         self._shift = torch.zeros(self.models, self.width, device=self.device)
         self._scale = torch.ones(self.models, self.width, device=self.device)
-        if len(dtypes) == 1 and dtypes <= set(HALF) and plain and flags[-1]:
+        self._lengthen = lengthening(0.0)  # about the means
+        if len(dtypes) == 1 and dtypes <= set(HALF) and plain and flags[-1] <= RAW_RATIO:
             self.planes, self._dtype = 1, next(iter(dtypes))
+            self._lengthen = lengthening(flags[-1])
             return
         two = dtypes <= set(HALF) and plain and self.columns >= FEW
         self.planes, self._dtype = 2 if two else 3, torch.bfloat16
@@ -204,7 +208,7 @@ class Similarities:
                     continue
                 if k == 0:
                     block.zero_()
-                add_product(operands[m], operands[other], block, m == other, self.config)
+                add_product(operands[m], operands[other], block, m == other, self.config, lengthen=self._lengthen)
         return out
 
     def _blend(
@@ -231,8 +235,12 @@ class Similarities:
         blend_products(
             operands[m], operands[other], out, moments, self.columns, activation, self.balance, self.config,
             partial=partial, continued=continued, triangle=triangle, mirror=mirror, prices=prices, largest=largest,
-            rows=rows,
+            rows=rows, lengthen=self._lengthen,
         )  # fmt: skip
+
+    def _add_strip(self, operands: list[Operand], m: int, strip: Tensor, first: int, last: int) -> None:
+        rows = first, last
+        add_product(operands[0], operands[m], strip, False, self.config, rows=rows, lengthen=self._lengthen)
 
     def _strips(self, m: int, prices: Tensor | None, largest: bool) -> Iterator[tuple[int, int, Tensor]]:
         """Strips of the similarities of models 0 and m: first row, one past the last, (rows, width) or (rows,)."""
@@ -252,7 +260,7 @@ class Similarities:
                     continue
                 if k == 0:
                     strip.zero_()
-                add_product(operands[0], operands[m], strip, False, self.config, rows=(first, last))
+                self._add_strip(operands, m, strip, first, last)
             yield first, last, best if largest else strip
 
     def candidates(self, k: int, prices: Tensor | None = None, m: int = 1) -> tuple[Tensor, Tensor]:
@@ -324,7 +332,7 @@ class Similarities:
                     continue
                 if k == 0:
                     strip.zero_()
-                add_product(operands[0], operands[m], strip, False, self.config, rows=(first, last))
+                self._add_strip(operands, m, strip, first, last)
             here = wanted // tall == block
             out[here] = strip[wanted[here] - first]
         return out

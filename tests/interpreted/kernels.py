@@ -23,9 +23,9 @@ from torch import Tensor
 
 import mudsc_fast as mf
 from mudsc_fast import backends
+from mudsc_fast import similarity as terms_of
 from mudsc_fast.backends.triton import configs, covariance_sums, similarity_tiles
 from mudsc_fast.backends.triton.configs import ProductConfig
-from mudsc_fast.similarity import _tables
 
 interpreter_fixes.apply()
 # The launchers with CPU tensors: in this process alone.
@@ -34,6 +34,7 @@ backends.BACKENDS = (
     backends.Backend("triton", "cpu", frozenset({"covariance", "similarity"})),
 )
 
+_tables = getattr(terms_of, "checked_tables", None) or terms_of._tables
 CORRELATION = 1e-5  # docs/method.md; usual errors are a hundredth of it
 USUAL = 1e-6  # where float32 and its planes lose nothing systematically
 SMALL = ProductConfig(32, 32, 32, 4, 2, True, "small tiles: all edges at little cost", chunk=64)
@@ -355,7 +356,7 @@ def _kept_only(pieces: bool) -> Error:
                 tiles = similarity_tiles.Similarities(_tables(terms)[0], width, 2, 0.4, activation, CPU)
                 indices, values = tiles.candidates(k, v)
                 best = tiles.largest(u, v)
-                some = torch.tensor([70, 3, 3, 40])
+                some = torch.tensor([70, 3, 3, 40, 33])
                 rows = tiles.rows(some)
         finally:
             similarity_tiles.WORKSPACE, similarity_tiles.STRIP = before

@@ -320,12 +320,9 @@ class Similarities:
         if wanted.dim() != 1 or not len(wanted) or int(wanted.min()) < 0 or int(wanted.max()) >= self.width:
             raise ValueError(f"wanted: expected units 0..{self.width - 1}, got {tuple(wanted.shape)} of them")
         tall = self.config.rows
-        blocks = (wanted // tall).unique().tolist()
         out = torch.empty(len(wanted), self.width, device=self.device)
-        scratch = torch.empty(tall, self.width, device=self.device)
-        for block in blocks:
-            first, last = block * tall, min((block + 1) * tall, self.width)
-            strip = scratch[: last - first]
+        for first, last in _runs(wanted, tall, self.width):
+            strip = torch.empty(last - first, self.width, device=self.device)
             for k, (operands, final) in enumerate(self._packed()):
                 if final:
                     self._blend(operands, 0, m, strip, continued=k > 0, rows=(first, last))
@@ -333,9 +330,13 @@ class Similarities:
                 if k == 0:
                     strip.zero_()
                 self._add_strip(operands, m, strip, first, last)
-            here = wanted // tall == block
+            here = (wanted >= first) & (wanted < last)
             out[here] = strip[wanted[here] - first]
         return out
+
+    def tile(self, rows: Tensor) -> Tensor:
+        """``rows`` of models 0 and 1, as solvers that see a few rows at a time ask for them."""
+        return self.rows(rows)
 
     def _checked(self, vector: Tensor | None, m: int) -> Tensor | None:
         if not 1 <= m < self.models:
@@ -345,6 +346,16 @@ class Similarities:
         if vector.shape != (self.width,):
             raise ValueError(f"prices: expected shape ({self.width},), got {tuple(vector.shape)}")
         return vector.to(self.device, torch.float32).contiguous()
+
+
+def _runs(wanted: Tensor, tall: int, width: int) -> Iterator[tuple[int, int]]:
+    """Strips of whole tile rows that hold the wanted rows, neighbours joined: first row, one past the last."""
+    blocks = (wanted // tall).unique().tolist()
+    start = blocks[0]
+    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+        if after != block + 1:
+            yield start * tall, min((block + 1) * tall, width)
+            start = after
 
 
 def _sources(row: list[Table]) -> list[Source]:
@@ -358,6 +369,38 @@ def _sources(row: list[Table]) -> list[Source]:
             if all(source is not None for source in cut):
                 return [source for source in cut if source is not None]
     return [_tabled(*table) for table in row]
+
+
+def assign_tile(tile: Tensor, first_row: int, prices: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ``room`` columns of each row of a tile that are worth most at some prices, found where the tile lies.
+
+    Args:
+        tile: (rows, width), float32 or float64.
+        first_row: for messages.
+        prices: (width,), float64, CPU.
+        room: how many columns; 0: the largest alone.
+
+    Returns:
+        On the CPU: columns (rows, room), int32; their entries (rows, room), float64; thresholds (rows,), float64: no
+            column
+        left out has a larger s - price; and the largest s - price of each row (rows,), float64.
+
+    Raises:
+        ValueError: NaN or infinity in the tile.
+    """
+    worth = tile.double() - prices.to(tile.device)
+    finite = torch.isfinite(worth).all(dim=1)
+    if not bool(finite.all()):
+        row = first_row + int(finite.logical_not().nonzero()[0, 0])
+        raise ValueError(f"similarity: expected finite values, got NaN or infinity in row {row}")
+    kept = worth.topk(max(room, 1), dim=1)
+    maxima = kept.values[:, 0].cpu()
+    if room == 0:
+        nothing = torch.empty(len(tile), 0)
+        return nothing.int(), nothing.double(), torch.empty(0, dtype=torch.float64), maxima
+    # The least that is kept bounds what is left out; where nothing is left out, nothing is bounded.
+    threshold = kept.values[:, -1].cpu() if room < tile.shape[1] else torch.full((len(tile),), -torch.inf).double()
+    return kept.indices.int().cpu(), tile.gather(1, kept.indices).double().cpu(), threshold, maxima
 
 
 def _offsets(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -170,3 +170,17 @@ def test_candidates_check_what_they_are_given() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_the_gpu_benchmark_runs() -> None:
+    # At toy sizes: that it runs and checks its results; the times mean nothing here.
+    from benchmarks import gpu_triton
+
+    with kernels.cut_as(kernels.SMALL):
+        found = gpu_triton.rows(kernels.CPU, small=True, rounds=1)
+        assert found["failures"] == []
+        assert len(found["rows"]) == 4
+        assert all(row["error"] <= kernels.CORRELATION for row in found["rows"])
+        tuned = gpu_triton.tune(kernels.CPU, 40, 64, rounds=1)
+    assert tuned["tuned"] == {use: {"90": kernels.SMALL.name} for use in ("add", "blend")}
+    assert not [row for row in tuned["tried"] if "failed" in row]

@@ -32,6 +32,7 @@ help:
 	@echo "make bench     benchmarks against peers"
 	@echo "make scale     two checkpoints of Llama-3-8B's width merged within 4 GB; needs 8 GB of disk and some minutes"
 	@echo "make gpu       the tests that need a GPU; says so where there is none"
+	@echo "make docs      the documentation as a site, in out/site"
 	@echo "make sanitize  the op tests with the C++ code under AddressSanitizer and UBSan"
 	@echo "make build     only .venv and the compiled package;  make clean  removes .venv, build and outputs"
 
@@ -102,6 +103,10 @@ sanitize: $(STAMPS)/with-test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(PY) scripts/run_sanitized.py $(SANITIZED)/site -q -p no:cacheprovider $(or $(ARGS),$(OP_TESTS))
+
+.PHONY: docs
+docs: $(PACKAGE) $(STAMPS)/with-docs
+	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

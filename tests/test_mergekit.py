@@ -238,6 +238,20 @@ def test_another_vocabulary_is_left_to_mergekit(llama: Folders, tmp_path: Path) 
     assert apart(ours(made, tmp_path), expected) <= ROUNDING
 
 
+def test_dry_run_writes_nothing(llama: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours(config("linear", llama, "p"), tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    path = tmp_path / "config.yml"
+    assert main(["mergekit", str(path), str(tmp_path / "out"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"would match {llama['pb']} to {llama['base']}: 9 spaces, the widest of 40 units" in shown
+    assert "would then run mergekit's linear" in shown
+    path.write_text(yaml.safe_dump(_stack(llama["base"], llama["pb"])))
+    assert main(["mergekit", str(path), str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "with nothing matched" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yml"]
+
+
 # ---- what is refused ----
 
 
@@ -342,6 +356,20 @@ def test_text_that_is_no_configuration(
     (tmp_path / "config.yml").write_text(text)
     assert main(["mergekit", str(tmp_path / "config.yml"), str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_interrupted_leaves_nothing(llama: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergekit.io.tasks import LoaderCache
+
+    def interrupted(config: Any, out: str, **_: Any) -> None:
+        Path(out).mkdir()
+        (Path(out) / "half.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergekit.merge.run_merge", interrupted)
+    ours(config("linear", llama, "p"), tmp_path, code=130)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yml"]
+    assert not LoaderCache.loaders
 
 
 def test_outputs_in_the_way(llama: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

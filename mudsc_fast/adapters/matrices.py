@@ -34,12 +34,17 @@ def _with_bias(matrices: Sequence[Tensor]) -> Tensor:
 
 def correlation_of(covariance: Tensor) -> Tensor:
     """The correlation of a covariance matrix; units without variance correlate with nothing but themselves."""
-    deviation = covariance.diagonal().to(torch.float64).clamp(min=0).sqrt()
-    dead = deviation == 0
-    scale = torch.where(dead, torch.zeros_like(deviation), 1 / deviation.masked_fill(dead, 1)).to(covariance.dtype)
+    scale = inverse_deviation(covariance)
     correlation = covariance * torch.outer(scale, scale)
     correlation.diagonal().fill_(1)
     return correlation
+
+
+def inverse_deviation(covariance: Tensor) -> Tensor:
+    """One over each unit's standard deviation, 0 for a unit without variance."""
+    deviation = covariance.diagonal().to(torch.float64).clamp(min=0).sqrt()
+    dead = deviation == 0
+    return torch.where(dead, torch.zeros_like(deviation), 1 / deviation.masked_fill(dead, 1)).to(covariance.dtype)
 
 
 def require_square(name: str, matrix: object, models: int) -> Tensor:

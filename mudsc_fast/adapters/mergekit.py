@@ -141,9 +141,8 @@ def matched_loaders(
     cache.setup(options=options)
     before = dict(cache.loaders)
     try:
-        found = [] if _untouched(config, section) else _match_all(config, options, section, say or _silent)
-        if not found:
-            _check_with_mergekit(config, options)
+        prepared = prepare(config, options, section)
+        found = [] if prepared is None else _match_all(prepared, options, section, say or _silent)
         for each in found:
             cache.loaders[each.model] = AlignedLoader(cache.get(each.model), each)
         yield found
@@ -161,34 +160,52 @@ def _untouched(config: MergeConfiguration, section: MudscSection) -> bool:
     return config.merge_method == "passthrough" and not section.passthrough
 
 
-def _match_all(
-    config: MergeConfiguration, options: MergeOptions, section: MudscSection, say: Callable[[str], None]
-) -> list[Matched]:
+@dataclass(frozen=True)
+class Prepared:
+    """The models of a configuration, opened and found to correspond: the reference and those to be matched to it."""
+
+    base: _Source
+    others: list[_Source]
+    network: OnDisk
+    base_spec: PermutationSpec
+    specs: list[PermutationSpec]  # of the others, by their own tensor names
+
+
+def prepare(config: MergeConfiguration, options: MergeOptions, section: MudscSection) -> Prepared | None:
+    """Everything that can be refused without reading a tensor; None if there is nothing to match.
+
+    Raises ValueError as ``run_merge`` does.
+    """
     models = models_of(config)
     unknown = [name for name in section.leave if name not in map(str, models)]
     if unknown:
         raise ValueError(f"mudsc.leave: {unknown[0]!r} is none of the models {', '.join(map(str, models))}")
-    first, *others = models
-    others = [model for model in others if str(model) not in section.leave]
-    if not others:
-        return []
-    sources = {model: _Source(model, options) for model in (first, *others)}
-    base = sources[first]
+    chosen = [model for model in models[1:] if str(model) not in section.leave]
+    if not chosen or _untouched(config, section):
+        _check_with_mergekit(config, options)
+        return None
+    base, *others = (_Source(model, options) for model in (models[0], *chosen))
     aligns_vocabulary = bool(config.tokenizer_source or config.tokenizer)
-    for model in others:
-        sources[model].check_against(base, aligns_vocabulary)
+    for source in others:
+        source.check_against(base, aligns_vocabulary)
     _check_with_mergekit(config, options)
     network = on_disk(base.config)
-    specs = {model: source.named(network) for model, source in sources.items()}
-    found = []
-    for model in others:
-        source = sources[model]
-        spec = _chosen(restricted(specs[first], source.checkpoint), section.spaces)
+    base_spec = base.named(network)
+    _chosen(base_spec, section.spaces)
+    return Prepared(base, others, network, base_spec, [source.named(network) for source in others])
+
+
+def _match_all(
+    prepared: Prepared, options: MergeOptions, section: MudscSection, say: Callable[[str], None]
+) -> list[Matched]:
+    base, found = prepared.base, []
+    for source, own in zip(prepared.others, prepared.specs, strict=True):
+        spec = _chosen(restricted(prepared.base_spec, source.checkpoint), section.spaces)
         stats = None
         if section.calibration is not None and section.used_balance < 1:
             stats = _calibrated(base, source, spec, section, options)
         plan = match(
-            _comparable(base, source, network),
+            _comparable(base, source, prepared.network),
             spec,
             stats,
             "align",
@@ -199,9 +216,9 @@ def _match_all(
             device=options.device,
         )
         value = sum(plan.values.values()) / max(1, len(plan.values))
-        say(f"matched {model} to {first}: {len(plan.labels)} spaces with a mean match of {value:.3f}")
+        say(f"matched {source.model} to {base.model}: {len(plan.labels)} spaces with a mean match of {value:.3f}")
         labels = {name: rows[1] for name, rows in plan.labels.items()}
-        found.append(Matched(model, specs[model], labels, value))
+        found.append(Matched(source.model, own, labels, value))
     return found
 
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from mudsc_fast.spec import PermutationSpec
 
-Given = "str | os.PathLike[str] | nn.Module"
-
 
 def merge_pretrained(
     models: Sequence[Any],
@@ -49,17 +47,11 @@ def merge_pretrained(
     _check_alike(given, loaded)
     if spec is None:
         spec = network_spec(loaded[0])
-    merged = merge_models(
-        loaded, batches, spec, method, weights=weights, balance=options.pop("balance", _balance(batches)),
-        progress=progress, **options,
-    )  # fmt: skip
+    options.setdefault("balance", 1.0 if batches is None else 0.5)
+    merged = merge_models(loaded, batches, spec, method, weights=weights, progress=progress, **options)
     result = copy.deepcopy(loaded[0])
     result.load_state_dict(merged)
     return result.eval()
-
-
-def _balance(batches: Iterable[Any] | None) -> float:
-    return 1.0 if batches is None else 0.5
 
 
 def _loaded(model: Any, model_class: Any, load: dict[str, Any]) -> nn.Module:

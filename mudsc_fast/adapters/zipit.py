@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mudsc_fast.adapters.matrices import correlation_of, merge_and_unmerge, require_square
+from mudsc_fast.adapters.matrices import correlation_of, inverse_deviation, merge_and_unmerge, require_square
 from mudsc_fast.assignment import assign
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.zipping import zip_units
@@ -65,12 +65,15 @@ def match_tensors_permute(
     Arguments and result as in ``match_tensors_zipit``; the value counts every model, ZipIt's only the last.
     """
     models = _models(r)
-    similarity = _similarity(metric, models)
+    name, matrix = _chosen(metric)
+    similarity = require_square(f"metric[{name!r}]", matrix, models)
     d = similarity.shape[0] // models
+    scale = inverse_deviation(similarity).reshape(models, d) if name == "covariance" else None
     labels = torch.arange(d).repeat(models, 1)
     values = []
     for m in range(1, models):
-        found = assign(similarity[:d, m * d : (m + 1) * d])
+        cross = similarity[:d, m * d : (m + 1) * d]
+        found = assign(cross if scale is None else cross * scale[0][:, None] * scale[m])
         labels[m, found.indices.cpu()] = torch.arange(d)
         values.append(found.value.float())
     merge, unmerge = merge_and_unmerge(labels, d, similarity.device, eps, add_bias)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 
@@ -17,14 +20,19 @@ import click
 
 from mudsc_fast.cli.benchmarking import bench
 from mudsc_fast.cli.calibrating import calibrate
+from mudsc_fast.cli.group import Commands
 from mudsc_fast.cli.inspecting import check, info, spec
 from mudsc_fast.cli.landscapes import landscape
 from mudsc_fast.cli.mergekit import mergekit
 from mudsc_fast.cli.merging import align, merge
 from mudsc_fast.cli.options import CONTEXT, Settings
 from mudsc_fast.cli.reporting import report
+from mudsc_fast.cli.self_help import completion, doctor, run, schema
+from mudsc_fast.progress import styled
 
 DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+_FORMAT: ContextVar[str] = ContextVar("format", default="text")
 
 # What the user can mend by naming another path; a full or failing disk is none of these.
 _PATH_ERRNOS = {
@@ -48,7 +56,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
         context.exit()
 
 
-@click.group(context_settings=CONTEXT, invoke_without_command=True)
+@click.group(cls=Commands, context_settings=CONTEXT, invoke_without_command=True)
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it.")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -78,7 +86,22 @@ def cli(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-for _command in (merge, align, mergekit, calibrate, spec, check, bench, landscape, report, info):
+for _command in (
+    merge,
+    align,
+    mergekit,
+    calibrate,
+    spec,
+    check,
+    bench,
+    landscape,
+    report,
+    info,
+    doctor,
+    schema,
+    run,
+    completion,
+):
     cli.add_command(_command)
 
 
@@ -86,15 +109,28 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run ``mudsc-fast`` with these arguments (default: the process's) and return its exit code."""
     settings = Settings()
     try:
-        with _terminating():
+        with _terminating(), styled("lines"):
             code = cli.main(
                 args=None if args is None else list(args), prog_name="mudsc-fast", standalone_mode=False, obj=settings
             )
     except BaseException as error:  # noqa: BLE001 (Ctrl-C and SIGTERM have exit codes too)
         if settings.debug and not isinstance(error, SystemExit | click.UsageError):
             traceback.print_exc()
-        return _explain(error, settings.kept)
+        return _explained(error, settings)
     return code if isinstance(code, int) else DONE
+
+
+def _explained(error: BaseException, settings: Settings) -> int:
+    """``_explain`` in the format that was asked for, and where the configuration file says what is wrong."""
+    token = _FORMAT.set(settings.log_format)
+    try:
+        code = _explain(error, settings.kept)
+        for option, where in settings.config_lines.items():
+            if re.search(rf"{option}\b(?!-)", str(error)):
+                _say(f"{option} is set at {where}")
+        return code
+    finally:
+        _FORMAT.reset(token)
 
 
 def _explain(error: BaseException, kept: Path | None = None) -> int:
@@ -103,7 +139,10 @@ def _explain(error: BaseException, kept: Path | None = None) -> int:
         _say(f"what is finished stays in {kept}: the same command with --resume goes on from there")
     match error:
         case click.ClickException():
-            error.show()
+            if _FORMAT.get() == "json":
+                _say(f"error: {error.format_message()}")
+            else:
+                error.show()
             return error.exit_code
         case click.Abort() | KeyboardInterrupt():
             _say("interrupted" if kept is not None else "interrupted; nothing was left behind")
@@ -131,7 +170,8 @@ def _explain(error: BaseException, kept: Path | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    click.echo(f"mudsc-fast: {text}", err=True)
+    json_line = json.dumps({"event": "error", "text": text})
+    click.echo(json_line if _FORMAT.get() == "json" else f"mudsc-fast: {text}", err=True)
 
 
 @contextmanager

@@ -42,9 +42,10 @@ class _WithMergekitsOptions(click.Command):
 @click.command(cls=_WithMergekitsOptions, short_help="Run mergekit on models that are matched first.")
 @click.argument("config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and write nothing.")
 @options.force
 @options.debug
-def mergekit(config: Path, output: Path, force: bool, **theirs: Any) -> None:
+def mergekit(config: Path, output: Path, dry_run: bool, force: bool, **theirs: Any) -> None:
     """Run mergekit on models whose units are matched first.
 
     CONFIG is an ordinary mergekit configuration, OUT a folder. Every model is matched to the base model, or to the
@@ -82,11 +83,32 @@ def mergekit(config: Path, output: Path, force: bool, **theirs: Any) -> None:
     for model in models_of(merge_config):
         if output.exists() and Path(model.model.path).exists() and output.samefile(model.model.path):
             raise ValueError(f"OUT: {output} is an input")
+    if dry_run:
+        _say_what_would_be_done(merge_config, merge_options, section)
+        return
     source = config.read_text(encoding="utf-8")
     with whole_folder(output, force) as folder:
         found = run_merge(merge_config, str(folder), merge_options, source, section, settings.say)
     how = f"{len(found)} models matched" if found else "nothing to match"
     settings.say(f"merged with mergekit ({merge_config.merge_method}, {how}) in {output}, {_seconds(start)}")
+
+
+def _say_what_would_be_done(config: Any, merge_options: Any, section: MudscSection) -> None:
+    from mudsc_fast.adapters.mergekit import prepare
+
+    prepared = prepare(config, merge_options, section)
+    if prepared is None:
+        click.echo(f"would run mergekit's {config.merge_method} with nothing matched")
+        return
+    base = prepared.base
+    for source, spec in zip(prepared.others, prepared.specs, strict=True):
+        widest = max(space.width for space in spec.spaces)
+        click.echo(
+            f"would match {source.model} to {base.model}: {len(spec.spaces)} spaces, the widest of {widest} units "
+            f"(similarities of {4 * widest**2 / 2**20:.0f} MiB), reading {source.checkpoint.nbytes / 2**30:.2f} GiB"
+        )
+    size = base.checkpoint.nbytes / 2**30
+    click.echo(f"would then run mergekit's {config.merge_method}, writing about {size:.2f} GiB")
 
 
 def read_config(path: Path) -> tuple[Document, MudscSection]:

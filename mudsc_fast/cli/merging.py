@@ -473,6 +473,10 @@ def _summarise(
     how = ", ".join(f"{key} {value}" for key, value in about.items())
     text = f"{verb} {len(request.checkpoints)} checkpoints ({how}): "
     if plan is not None and plan.values:
+        for name, value in plan.values.items():
+            options.settings().tell(f"{name}: {plan.spec[name].width} units, match {value:.3f}")
+        if plan.history:
+            options.settings().tell("L of each sweep: " + " ".join(f"{value:.4f}" for value in plan.history))
         mean = sum(plan.values.values()) / len(plan.values)
         text += f"{len(plan.labels)} spaces with a mean match of {mean:.3f}, "
     options.settings().say(text + f"{len(layout)} tensors in {request.output}, {seconds:.1f} s")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,11 +29,20 @@ class Settings:
     debug: bool = False
     quiet: bool = False
     kept: Path | None = None  # where an interrupted run keeps its finished work
+    verbose: bool = False
+    log_format: str = "text"
+    threads: int | None = None
+    config_lines: dict[str, str] = field(default_factory=dict)  # {option: the line of a file that gave it}
 
     def say(self, text: str) -> None:
         """A line about the run on stderr, unless it is to be quiet; stdout holds results alone."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(json.dumps({"event": "message", "text": text}) if self.log_format == "json" else text, err=True)
+
+    def tell(self, text: str) -> None:
+        """A line for those who asked for more with --verbose."""
+        if self.verbose:
+            self.say(text)
 
 
 def settings() -> Settings:

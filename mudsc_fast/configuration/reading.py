@@ -91,8 +91,9 @@ def _keys(schema: type[BaseModel], problem: Any) -> list[str]:
     """The valid keys of the part of the schema in which an unknown key stands."""
     found: Any = schema
     for step in problem["loc"][:-1]:
-        if isinstance(step, str) and step in found.model_fields:
-            inner = _models(found.model_fields[step].annotation)
+        by_key = {field.alias or name: field for name, field in found.model_fields.items()}
+        if isinstance(step, str) and step in by_key:
+            inner = _models(by_key[step].annotation)
             if len(inner) != 1:
                 return []
             found = inner[0]

@@ -10,33 +10,55 @@ from typing import Any
 
 from .suite import as_time
 
+HEAD = "| kernel | case | size | ours | against | ratio | target | met | share of ceiling | extra MiB |"
+
 
 def table(results: Mapping[str, Any]) -> str:
-    """The rows that have a target, then the rest, as markdown."""
-    lines = ["| kernel | case | size | ours | against | ratio | target | met | share of ceiling | extra MiB |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    rows = sorted(results["rows"], key=lambda row: row["met"] is None)
-    for row in rows:
-        ratio = row["measured"]
-        target = f"<= {row['at_most']:g} s" if row["at_most"] is not None else _times(row["target"])
-        met = {True: "yes", False: "**no**", None: ""}[row["met"]]
-        share = "" if row["ceiling_share"] is None else f"{100 * row['ceiling_share']:.0f} %"
-        extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
-        threads = "" if row["threads"] == 1 else f", {row['threads']} threads"
-        cells = [
-            row["op"],
-            row["case"] + threads,
-            str(row["size"]),
-            as_time(row["seconds"]["mudsc_fast"]),
-            row["against"] if ratio is not None else "",
-            _times(ratio),
-            target,
-            met,
-            share,
-            extra,
+    """Rows below their target with the reason, then those that meet it, then the rest; growth; wrong results."""
+    rows = results["rows"]
+    parts = []
+    low = [row for row in rows if row["met"] is False]
+    if low:
+        lines = [_cells(row) + f" {row.get('reason') or ''} |" for row in low]
+        parts += ["Below target:", "\n".join([HEAD + " reason |", "|---" * 11 + "|", *lines])]
+    for title, met in (("Target met:", True), ("Measured without a target:", None)):
+        kept = [_cells(row) for row in rows if row["met"] is met]
+        if kept:
+            parts += [title, "\n".join([HEAD, "|---" * 10 + "|", *kept])]
+    fits = list(results.get("exponents", ()))
+    if fits:
+        lines = [
+            f"| {fit['op']} | {fit['case']} | {fit['exponent']:.2f} | "
+            f"{'' if fit.get('target') is None else '<= ' + format(fit['target'], 'g')} |"
+            for fit in fits
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        parts += [
+            "Time grows as size to the power of:",
+            "\n".join(["| kernel | case | power | target |", "|---" * 4 + "|", *lines]),
+        ]
+    parts += [f"Failed: {failure}" for failure in results.get("failures", ())]
+    return "\n\n".join(parts)
+
+
+def _cells(row: Mapping[str, Any]) -> str:
+    ratio = row["measured"]
+    target = f"<= {row['at_most']:g} s" if row["at_most"] is not None else _times(row["target"])
+    extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
+    if row.get("memory_at_most") is not None:
+        extra += f" (<= {row['memory_at_most']:.0f})"
+    cells = [
+        row["op"],
+        row["case"] + ("" if row["threads"] == 1 else f", {row['threads']} threads"),
+        str(row["size"]),
+        as_time(row["seconds"]["mudsc_fast"]),
+        row["against"] if ratio is not None else "",
+        _times(ratio),
+        target,
+        {True: "yes", False: "**no**", None: ""}[row["met"]],
+        "" if row["ceiling_share"] is None else f"{100 * row['ceiling_share']:.0f} %",
+        extra,
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _times(ratio: float | None) -> str:

@@ -18,6 +18,7 @@ import mudsc_fast as mf
 
 from . import ceilings
 from .harness import OURS, Result, WrongResult, growth, run_row
+from .reasons import reason
 
 # What the growth of our time with size may be.
 GROWTH_TARGETS = {("zip", "one block"): 2.2, ("zip", "32 blocks"): 2.2}
@@ -25,9 +26,15 @@ OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
 
 
 def run(
-    ops: Sequence[str] = OPS, quick: bool = False, say: Callable[[str], None] | None = None
+    ops: Sequence[str] = OPS,
+    quick: bool = False,
+    say: Callable[[str], None] | None = None,
+    keep: Path | None = None,
 ) -> tuple[list[Result], dict[str, Any], list[str]]:
-    """Run the rows of some ops; returns the results, a description of the run, and what went wrong."""
+    """Run the rows of some ops; returns the results, a description of the run, and what went wrong.
+
+    keep: a file for what there is after each op.
+    """
     say = say or (lambda text: None)
     limits = ceilings.measure()
     results: list[Result] = []
@@ -46,7 +53,13 @@ def run(
                 say(f"FAILED {failures[-1]}")
                 continue
             say(line(results[-1]))
-    about = {
+        if keep is not None:  # a run that is cut off leaves the ops that it has finished
+            save(keep, results, _about(results, limits, start, quick), failures)
+    return results, _about(results, limits, start, quick), failures
+
+
+def _about(results: Sequence[Result], limits: dict[str, float], start: float, quick: bool) -> dict[str, Any]:
+    return {
         "config": mf.build_config(),
         "machine": _machine(),
         "torch": torch.__version__,
@@ -67,7 +80,6 @@ def run(
             for (op, case, threads), exponent in growth(results).items()
         ],
     }
-    return results, about, failures
 
 
 def _machine() -> dict[str, Any]:
@@ -109,9 +121,12 @@ def as_time(value: float) -> str:
 
 def save(path: Path, results: Iterable[Result], about: dict[str, Any], failures: Sequence[str]) -> None:
     """Write one JSON file with everything a reader needs to judge the numbers."""
-    content = {**about, "failures": list(failures), "rows": [r.to_json() for r in results]}
+    rows = [{**r.to_json(), "reason": reason(r) if r.met is False else None} for r in results]
+    content = {**about, "failures": list(failures), "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
 
 
 def plot(folder: Path, results: Sequence[Result]) -> list[Path]:

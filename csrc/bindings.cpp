@@ -144,6 +144,30 @@ mudsc::RegroupArgs regroup_args(const TensorView& in, const TensorView& out, int
     return a;
 }
 
+// Labels in [0, size) as segments: members[ptr[j] .. ptr[j + 1]) are the positions labelled j, rising. Returns the length
+// of the longest one, or -1 where a label is out of range.
+int64_t segments(const py::object& labels_obj, const py::object& ptr_obj, const py::object& members_obj) {
+    TensorArg labels(labels_obj, "labels"), ptr(ptr_obj, "ptr"), members(members_obj, "members");
+    require(labels->ndim == 1 && ptr->ndim == 1 && ptr->shape[0] > 0, "segments: expected vectors");
+    const int64_t n = labels->shape[0], size = ptr->shape[0] - 1;
+    const int64_t* label = vector_of<int64_t>(labels, Dtype::i64, n, "labels");
+    int64_t* start = vector_of<int64_t>(ptr, Dtype::i64, size + 1, "ptr");
+    int64_t* member = vector_of<int64_t>(members, Dtype::i64, n, "members");
+    std::fill(start, start + size + 1, 0);
+    for (int64_t i = 0; i < n; ++i) {
+        if (label[i] < 0 || label[i] >= size) return -1;
+        ++start[label[i] + 1];
+    }
+    int64_t most = 0;
+    for (int64_t j = 0; j < size; ++j) {
+        most = std::max(most, start[j + 1]);
+        start[j + 1] += start[j];
+    }
+    std::vector<int64_t> next(start, start + size);
+    for (int64_t i = 0; i < n; ++i) member[next[static_cast<size_t>(label[i])]++] = i;
+    return most;
+}
+
 void regroup(const py::object& in_obj, const py::object& out_obj, int dim, const py::object& ptr_obj,
              const py::object& members_obj, const std::optional<py::object>& scale_obj, int threads) {
     TensorArg in(in_obj, "tensor"), out(out_obj, "out"), ptr(ptr_obj, "ptr"), members(members_obj, "members");
@@ -576,6 +600,7 @@ PYBIND11_MODULE(_core, m) {
         "use_isa", [](const std::optional<std::string>& name) { mudsc::use_isa(name ? name->c_str() : nullptr); },
         py::arg("name"), "Switches the instruction set; None chooses again.");
     m.def("peak_flops", &peak_flops, py::arg("bf16"));
+    m.def("segments", &segments, py::arg("labels"), py::arg("ptr"), py::arg("members"));
     m.def("regroup", &regroup, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"), py::arg("members"),
           py::arg("scale"), py::arg("threads"));
     m.def("zip", &zip, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),

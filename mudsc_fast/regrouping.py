@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mudsc_fast import backends
+from mudsc_fast import _core, backends
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SUMMABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -55,10 +55,10 @@ def regroup(
     dim %= tensor.dim()
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise ValueError(f"size: expected a number of units >= 0, got {size!r}")
-    ptr, members = segments(labels, tensor.shape[dim], size)
+    ptr, members, longest = segments(labels, tensor.shape[dim], size)
     scale64 = _checked_scale(scale, size)
     summable = tensor.dtype in _SUMMABLE
-    if not summable and (scale64 is not None or bool((ptr.diff() > 1).any())):
+    if not summable and (scale64 is not None or longest > 1):
         raise TypeError(
             f"tensor: {tensor.dtype} can only be moved: expected at most one member for each unit and no scale"
         )
@@ -72,20 +72,22 @@ def regroup(
     return out
 
 
-def segments(labels: Tensor, length: int, size: int) -> tuple[Tensor, Tensor]:
-    """Turn labels into segments: ``members[ptr[j] : ptr[j + 1]]`` are the positions labelled j, rising; on the CPU."""
+def segments(labels: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, int]:
+    """Turn labels into segments: ``members[ptr[j] : ptr[j + 1]]`` are the positions labelled j, rising; on the CPU.
+
+    Also returns the length of the longest one.
+    """
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: expected an integer tensor, got {got}")
     if labels.shape != (length,):
         raise ValueError(f"labels: expected shape ({length},), one label for each unit, got {tuple(labels.shape)}")
-    labels = labels.detach().to("cpu", torch.int64)
-    if length and not 0 <= int(labels.min()) <= int(labels.max()) < size:
+    labels = labels.detach().to("cpu", torch.int64).contiguous()
+    ptr, members = torch.empty(size + 1, dtype=torch.int64), torch.empty(length, dtype=torch.int64)
+    longest = _core.segments(labels, ptr, members)
+    if longest < 0:
         raise ValueError(f"labels: expected 0 <= label < {size}, got {int(labels.min())}..{int(labels.max())}")
-    members = labels.argsort(stable=True)
-    ptr = torch.zeros(size + 1, dtype=torch.int64)
-    torch.cumsum(labels.bincount(minlength=size), 0, out=ptr[1:])
-    return ptr, members
+    return ptr, members, longest
 
 
 def _checked_scale(scale: Tensor | None, size: int) -> Tensor | None:

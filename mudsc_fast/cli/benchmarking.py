@@ -42,7 +42,7 @@ def bench(quick: bool, ops: tuple[str, ...], json_path: Path | None, plot_folder
     if plot_folder is not None and importlib.util.find_spec("matplotlib") is None:
         raise click.UsageError("--plot: needs matplotlib; pip install 'mudsc-fast[plot]'")
     quiet = options.settings().quiet
-    results, about, failures = suite.run(ops or suite.OPS, quick, None if quiet else click.echo)
+    results, about, failures = suite.run(ops or suite.OPS, quick, None if quiet else click.echo, json_path)
     for fit in about["exponents"]:
         most = "" if fit["target"] is None else f" (target at most {fit['target']:g})"
         click.echo(f"growth  {fit['op']} {fit['case']} x{fit['threads']}: size^{fit['exponent']:.2f}{most}")
@@ -50,7 +50,7 @@ def bench(quick: bool, ops: tuple[str, ...], json_path: Path | None, plot_folder
     judged = [r for r in results if r.met is not None]
     click.echo(f"{len(results)} rows, {len(judged) - len(low)} of {len(judged)} targets met, {len(failures)} wrong")
     for row in low:
-        click.echo(f"below target: {suite.line(row)}")
+        click.echo(f"below target: {suite.line(row)}\n    because: {suite.reason(row)}")
     if json_path is not None:
         suite.save(json_path, results, about, failures)
     if plot_folder is not None:

@@ -228,6 +228,50 @@ inline void transpose_4(const W* const* rows, int64_t n, W* to) {
     }
 }
 
+// Columns in no order: eight units at a time, straight to their places.
+template <typename W, typename T>
+void gather_scattered(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0,
+                      int64_t n, W* to) {
+    constexpr int64_t kAtOnce = 8;
+    int64_t u0 = 0;
+    for (; u0 + kAtOnce <= units; u0 += kAtOnce) {
+        const T* unit[kAtOnce];
+        for (int64_t u = 0; u < kAtOnce; ++u) unit[u] = data + unit_off[u0 + u];
+        for (int64_t k = 0; k < n; ++k) {
+            const int64_t c = c0 + k;
+            const int64_t first = columns.ptr != nullptr ? columns.ptr[c] : c;
+            const int64_t last = columns.ptr != nullptr ? columns.ptr[c + 1] : c + 1;
+            W sum[kAtOnce] = {};
+            for (int64_t p = first; p < last; ++p) {
+                const int64_t at = columns.off[p];
+#pragma GCC unroll 8
+                for (int64_t u = 0; u < kAtOnce; ++u) sum[u] += load_as<W>(unit[u][at]);
+            }
+            memcpy(to + k * kPanel + u0, sum, sizeof sum);
+        }
+    }
+    for (; u0 < units; ++u0) {
+        const T* unit = data + unit_off[u0];
+        for (int64_t k = 0; k < n; ++k) {
+            const int64_t c = c0 + k;
+            const int64_t first = columns.ptr != nullptr ? columns.ptr[c] : c;
+            const int64_t last = columns.ptr != nullptr ? columns.ptr[c + 1] : c + 1;
+            W sum = W(0);
+            for (int64_t p = first; p < last; ++p) sum += load_as<W>(unit[columns.off[p]]);
+            to[k * kPanel + u0] = sum;
+        }
+    }
+}
+
+template <typename W>
+void scale_columns(const Columns& columns, int64_t units, int64_t c0, int64_t n, W* to) {
+    if (columns.scale == nullptr) return;
+    for (int64_t k = 0; k < n; ++k) {
+        const W scale = static_cast<W>(columns.scale[c0 + k]);
+        for (int64_t u = 0; u < units; ++u) to[k * kPanel + u] *= scale;
+    }
+}
+
 // Units that lie apart: their columns are read unit by unit and transposed, four units at a time.
 template <typename W, typename T>
 void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
@@ -235,6 +279,11 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
     const bool run = columns_run(columns, c0, n);
     Run runs[kPackRows];
     const int64_t count = run ? 0 : find_runs(columns, c0, n, runs);
+    if (count * 3 > n) {
+        gather_scattered(data, unit_off, columns, units, c0, n, to);
+        scale_columns(columns, units, c0, n, to);
+        return;
+    }
     W part[4][kPackRows];
     for (int64_t u0 = 0; u0 < units; u0 += 4) {
         const int64_t batch = min64(4, units - u0);
@@ -257,11 +306,7 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
             }
         }
     }
-    if (columns.scale == nullptr) return;
-    for (int64_t k = 0; k < n; ++k) {
-        const W scale = static_cast<W>(columns.scale[c0 + k]);
-        for (int64_t u = 0; u < units; ++u) to[k * kPanel + u] *= scale;
-    }
+    scale_columns(columns, units, c0, n, to);
 }
 
 template <typename W, typename T>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import platform
 import shlex
 import sys
@@ -36,6 +37,7 @@ def run(
     keep: a file for what there is after each op.
     """
     say = say or (lambda text: None)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when scipy is first imported: its rows count one thread
     limits = ceilings.measure()
     results: list[Result] = []
     failures: list[str] = []

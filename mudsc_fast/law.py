@@ -28,9 +28,14 @@ def shuffle(space: Space, block: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def changes(
-    spec: PermutationSpec, model: nn.Module, inputs: Any, seed: int, select: Callable[[Any], Any] | None
+    spec: PermutationSpec,
+    model: nn.Module,
+    inputs: Any,
+    seed: int,
+    select: Callable[[Any], Any] | None,
+    each: bool = True,
 ) -> dict[str, float]:
-    """The largest relative change of the outputs in each trial (see PermutationSpec.verify_each)."""
+    """The largest relative change of the outputs in each trial (see PermutationSpec.verify_each), or of all alone."""
     state = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     spec.check(state, [name for name, _ in model.named_modules()])
     modes = {m: m.training for m in model.modules()}
@@ -40,7 +45,7 @@ def changes(
             before = _outputs(model, state, inputs, select)
             return {
                 name: _change(before, _outputs(model, spec.permute(state, p), inputs, select))
-                for name, p in _trials(spec, seed).items()
+                for name, p in (_trials(spec, seed) if each else {"all": spec.random_permutation(seed)}).items()
             }
     finally:
         for module, training in modes.items():

@@ -38,7 +38,7 @@ def merge_models(
 
     models: two or more modules of one architecture.
     batches: calibration inputs as for `calibrate`; None: units are compared by their weights alone.
-    spec: None: the one `spec_for` finds for the first model.
+    spec: None: the one `spec_for` finds for the first model, by its first batch where it has to be traced.
     method: "zip" or "align". heads: known class vectors (classes, features), one a model; not used by these
         methods.
     weights: share of every model in the averages. balance and further options: as for `match`.
@@ -73,7 +73,7 @@ def merge_models(
     if spec is None:
         from mudsc_fast.specs import spec_for
 
-        spec = spec_for(models[0])
+        spec = spec_for(models[0], inputs=None if batches is None else _first_inputs(batches))
     state_dicts = [model.state_dict() for model in models]
     activations = None
     if batches is not None and balance < 1:
@@ -87,6 +87,14 @@ def merge_models(
         reset_batchnorm(network, batches, device=device, progress=progress)
         merged = {name: tensor.to(merged[name].device) for name, tensor in network.state_dict().items()}
     return merged
+
+
+def _first_inputs(batches: Iterable[Any]) -> Any:
+    """The model's arguments in the first batch, as `calibrate` would give them to it."""
+    first = next(iter(batches), None)
+    if isinstance(first, list | tuple):
+        first = first[0] if first else None
+    return dict(first) if isinstance(first, Mapping) else first
 
 
 def _install(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

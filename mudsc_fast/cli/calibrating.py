@@ -22,10 +22,24 @@ from mudsc_fast.cli import options, processes, work
 )
 @click.option(
     "--inputs",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Inputs, one a row: a .npy file, or a .safetensors file with one tensor for each argument of the model.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of --inputs: a text file, one text a line, for Hugging Face folders with a tokenizer.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Instead of --inputs: a folder of image files, for Hugging Face folders of vision models.",
+)
+@click.option(
+    "--max-length", default=128, show_default=True, type=click.IntRange(min=1), help="With --text: tokens of a line."
 )
 @options.model
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Rows a batch.")
@@ -47,7 +61,10 @@ from mudsc_fast.cli import options, processes, work
 def calibrate(
     checkpoints: tuple[Path, ...],
     output: Path,
-    inputs: Path,
+    inputs: Path | None,
+    text: Path | None,
+    images: Path | None,
+    max_length: int,
     model_path: str | None,
     batch_size: int,
     scope: str,
@@ -68,16 +85,25 @@ def calibrate(
     A network of your own, built by the function `build` in net.py:
       mudsc-fast calibrate a.safetensors b.safetensors --model net:build \\
           --inputs images.npy -o stats.safetensors
+    Hugging Face folders of a language model, or of a vision model:
+      mudsc-fast calibrate a/ b/ --text lines.txt -o stats.safetensors
+      mudsc-fast calibrate a/ b/ --images photos/ -o stats.safetensors
     Hugging Face folders, with pixel_values, or input_ids and attention_mask,
     in inputs.safetensors:
       mudsc-fast calibrate a/ b/ --inputs inputs.safetensors -o stats.safetensors
     """
     if len(checkpoints) < 2:
         raise click.UsageError(f"expected two or more checkpoints, got {len(checkpoints)}")
+    source = inputs or text or images
+    if source is None or len([x for x in (inputs, text, images) if x is not None]) > 1:
+        raise click.UsageError("give one of --inputs FILE, --text FILE and --images DIR")
+    import torch
+
     from mudsc_fast import calibration
     from mudsc_fast.cli.inputs import Batches
     from mudsc_fast.cli.models import build_model
     from mudsc_fast.cli.specs import find_spec
+    from mudsc_fast.cli.texts import ImageBatches, TextBatches
     from mudsc_fast.specs import spec_for
     from mudsc_fast.stats_files import calibrate_to_file
 
@@ -85,10 +111,17 @@ def calibrate(
     start = time.perf_counter()
     where = options.as_device(device)
     world = processes.join()
-    options.check_record(output, "--output", [*checkpoints, inputs], force)
+    options.check_record(output, "--output", [*checkpoints, source], force)
     opened = options.open_all(checkpoints, allow_torch_load)
     models = [build_model(checkpoint, model_path) for checkpoint in opened]
-    batches = Batches(inputs, batch_size, models[0])
+    batches: Batches | TextBatches | ImageBatches
+    if text is not None:
+        batches = TextBatches(text, batch_size, opened[0], max_length)
+    elif images is not None:
+        dtype = next((p.dtype for p in models[0].parameters() if p.is_floating_point()), torch.float32)
+        batches = ImageBatches(images, batch_size, opened[0], dtype)
+    else:
+        batches = Batches(source, batch_size, models[0])
     if model_path is not None and spec_from == "auto":
         spec = spec_for(models[0], heads=heads, groups=groups)
     else:

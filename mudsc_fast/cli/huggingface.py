@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mudsc_fast.cli import options
 
@@ -17,12 +17,21 @@ if TYPE_CHECKING:
     from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint
 
 
-def has_config(checkpoint: Checkpoint | StackedCheckpoint) -> bool:
+class AnyFolder(Protocol):
+    """What may be a Hugging Face folder: a checkpoint, or only its path."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def folder(self) -> Path | None: ...
+
+
+def has_config(checkpoint: AnyFolder) -> bool:
     """Whether the checkpoint is a folder whose config.json says how to build its network."""
     return checkpoint.folder is not None and (checkpoint.folder / "config.json").is_file()
 
 
-def read_config(checkpoint: Checkpoint | StackedCheckpoint) -> dict[str, Any]:
+def read_config(checkpoint: AnyFolder) -> dict[str, Any]:
     """The fields of config.json; ValueError, naming the file, if it holds something else."""
     path = (checkpoint.folder or Path()) / "config.json"
     try:
@@ -34,13 +43,13 @@ def read_config(checkpoint: Checkpoint | StackedCheckpoint) -> dict[str, Any]:
     return fields
 
 
-def load_model(checkpoint: Checkpoint) -> nn.Module:
+def load_model(checkpoint: AnyFolder) -> nn.Module:
     """The network with its weights. ValueError without transformers, or for an architecture that it does not have."""
     model: nn.Module = _builder(checkpoint).from_pretrained(str(checkpoint.folder), local_files_only=True)
     return model
 
 
-def empty_model(checkpoint: Checkpoint | StackedCheckpoint) -> nn.Module:
+def empty_model(checkpoint: AnyFolder) -> nn.Module:
     """The network on the meta device, without weights; errors as in ``load_model``."""
     import torch
     import transformers
@@ -50,6 +59,27 @@ def empty_model(checkpoint: Checkpoint | StackedCheckpoint) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = builder.from_config(config) if hasattr(builder, "from_config") else builder(config)
     return model
+
+
+def small_model(checkpoint: Any) -> nn.Module:
+    """The network of the shrunken config with random weights, in float32; errors as in ``load_model``."""
+    import torch
+    import transformers
+
+    from mudsc_fast.specs import randomise, shrunken
+
+    builder = _builder(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    error: Exception | None = None
+    for narrow in (True, False):  # not every config can be made narrower
+        small = shrunken(config, narrow)
+        small.dtype = torch.float32
+        try:
+            model: nn.Module = builder.from_config(small) if hasattr(builder, "from_config") else builder(small)
+            return randomise(model.float())
+        except Exception as raised:  # noqa: BLE001 (the network's own code, which may raise anything)
+            error = raised
+    raise ValueError(f"{checkpoint.path}: no small copy of the network could be built: {error}") from error
 
 
 def tied_names(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, str]:
@@ -116,33 +146,6 @@ def stacked(checkpoints: Sequence[Checkpoint]) -> list[StackedCheckpoint] | None
     return [StackedCheckpoint(checkpoint, blocks, shapes) for checkpoint in checkpoints]
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Small inputs for a network on the meta device, by the names of its arguments; no dim that varies in use is 1.
-
-    ValueError for a network that takes something else than tokens, images or audio features.
-    """
-    import torch
-
-    arguments = inspect.signature(model.forward).parameters
-    config: Any = model.config
-    found: dict[str, Any] = {}
-    if "input_ids" in arguments:
-        found["input_ids"] = torch.zeros(2, 8, dtype=torch.long, device="meta")
-    if "pixel_values" in arguments:
-        seen = getattr(config, "vision_config", config)
-        size = getattr(seen, "image_size", 32)
-        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        found["pixel_values"] = torch.zeros(2, getattr(seen, "num_channels", 3), *sides, device="meta")
-    if "input_features" in arguments:
-        length = 2 * getattr(config, "max_source_positions", 16)
-        found["input_features"] = torch.zeros(2, getattr(config, "num_mel_bins", 80), length, device="meta")
-    if found and "decoder_input_ids" in arguments:
-        found["decoder_input_ids"] = torch.zeros(2, 6, dtype=torch.long, device="meta")
-    if not found:
-        raise ValueError(f"{type(model).__name__} takes {', '.join(arguments)}, of which no example is known here")
-    return found
-
-
 def _twins(model: nn.Module, name: str) -> list[str]:
     """The other names of a tied tensor."""
     state = model.state_dict(keep_vars=True)
@@ -173,7 +176,7 @@ def _smaller(size: int) -> int:
     return size
 
 
-def _builder(checkpoint: Checkpoint | StackedCheckpoint) -> Any:
+def _builder(checkpoint: AnyFolder) -> Any:
     path = (checkpoint.folder or Path()) / "config.json"
     names = read_config(checkpoint).get("architectures")
     name = names[0] if isinstance(names, list) and names else "AutoModel"

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mudsc_fast.cli import options
+from mudsc_fast.cli import huggingface, options
 from mudsc_fast.cli.progress import track
-from mudsc_fast.cli.specs import find_spec
+from mudsc_fast.cli.specs import find_spec, spec_of_network
+from mudsc_fast.cli.verifying import TOLERANCE, config_alone, law_of_small
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mudsc_fast.checking import Outcome
+    from mudsc_fast.cli.specs import AnyCheckpoint
     from mudsc_fast.spec import PermutationSpec, Space
 
 
 @click.command(short_help="Show which units of a checkpoint move together.")
 @click.argument("checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT")
 @click.option("--json", "as_json", is_flag=True, help="Print the spec as JSON, to keep, change and give to --spec.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Also try the law, for a Hugging Face folder: random weights of a shrunken config, spaces permuted at random.",
+)
 @options.model
 @options.spec
 @options.allow_torch_load
+@options.quiet
 @options.debug
 def spec(
     checkpoint: Path,
     as_json: bool,
+    verify: bool,
     model_path: str | None,
     spec_from: str,
     heads: int | None,
@@ -40,16 +51,51 @@ def spec(
 
     A space is a set of tensor axes that must be regrouped together, such as a hidden layer or a residual stream. Its
     units may move freely, inside blocks (attention heads, groups), or, where a tie is named, only with another space.
-    No weights are read.
+    Known architectures are recognised; all others are found by following axes through the network's graph. No weights
+    are read: of a Hugging Face folder, config.json is enough.
 
     \b
     Examples:
       mudsc-fast spec model.safetensors
+      mudsc-fast spec folder --verify
       mudsc-fast spec model.safetensors --json > spec.json
+
+    Exit code 1 if --verify finds that the function changes.
     """
+    alone = config_alone(checkpoint) if spec_from == "auto" and model_path is None and checkpoint.is_dir() else None
+    if alone is not None:
+        model = huggingface.empty_model(alone)
+        where: huggingface.AnyFolder = alone
+        found = spec_of_network(model, checkpoint)
+        sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    else:
+        found, where, sizes = _of_checkpoint(checkpoint, model_path, spec_from, heads, groups, allow_torch_load)
+    if as_json:
+        click.echo(found.to_json())
+    else:
+        print_table(_spec_table(found, checkpoint))
+        _print_rest(found, sizes)
+    if verify:
+        if not huggingface.has_config(where):
+            raise click.UsageError("--verify: builds a network from config.json, and there is none here")
+        change, count = law_of_small(where, found)
+        options.settings().say(
+            f"law: {count} spaces of the shrunken network, each alone and all together, permuted at random: outputs "
+            f"change by {change:.1e} at most"
+        )
+        if change > TOLERANCE:
+            click.echo(f"the function changes: {change:.2g} is over {TOLERANCE:g}")
+            raise click.exceptions.Exit(1)
+
+
+def _of_checkpoint(
+    path: Path, model_path: str | None, spec_from: str, heads: int | None, groups: int | None, allow: bool
+) -> tuple[PermutationSpec, huggingface.AnyFolder, dict[str, int]]:
+    """The spec of a checkpoint, the checkpoint, and the sizes of its tensors."""
     from mudsc_fast.checkpoints import open_checkpoint
 
-    opened = open_checkpoint(checkpoint, allow_torch_load=allow_torch_load)
+    opened = open_checkpoint(path, allow_torch_load=allow)
+    by_network: AnyCheckpoint = opened
     if model_path is not None and spec_from == "auto":
         from mudsc_fast.cli.models import call_factory
         from mudsc_fast.specs import spec_for
@@ -57,18 +103,27 @@ def spec(
         found = spec_for(call_factory(model_path), heads=heads, groups=groups)
         found.check({name: info.shape for name, info in opened.layout.items()})
     else:
-        found = find_spec(opened, spec_from, heads, groups)
-    if as_json:
-        click.echo(found.to_json())
-        return
-    print_table(_spec_table(found, checkpoint))
+        stacked = huggingface.stacked([opened]) if spec_from == "auto" else None
+        by_network = stacked[0] if stacked else opened
+        found = find_spec(by_network, spec_from, heads, groups)
+    return found, opened, {name: math.prod(info.shape) for name, info in by_network.layout.items()}
+
+
+def _print_rest(found: PermutationSpec, sizes: Mapping[str, int]) -> None:
+    """What no space touches, and why."""
     covered = {axis.tensor for space in found.spaces for axis in space.axes}
-    left = [name for name in opened if name not in covered]
-    share = sum(opened.layout[name].nbytes for name in covered) / max(opened.nbytes, 1)
-    click.echo(f"{len(covered)} of {len(opened)} tensors, {share:.1%} of the bytes, are in a space")
+    left = [name for name in sizes if name not in covered]
+    share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
+    click.echo(f"{len(covered)} of {len(sizes)} tensors, {share:.1%} of the parameters, are in a space")
     if left:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         click.echo(f"in none (averaged as they are): {', '.join(left[:8])}{more}")
+    reasons: dict[str, list[str]] = {}
+    for item in found.frozen:
+        reasons.setdefault(re.sub(r"\d+", "N", item.reason), []).append(f"{item.tensor} [{item.dim}]")
+    for reason, places in reasons.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        click.echo(f"left alone: {places[0]}{more}: {reason}")
 
 
 def _spec_table(found: PermutationSpec, checkpoint: Path) -> Table:

@@ -16,6 +16,7 @@ from mudsc_fast.cli.card import model_card
 from mudsc_fast.cli.progress import track
 from mudsc_fast.cli.recording import Note, check_run_folder, recorded
 from mudsc_fast.cli.specs import find_spec
+from mudsc_fast.cli.verifying import check_law
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ class Request:
     dry_run: bool = False
     resume: bool = False
     record: Path | None = None
+    verify: bool = True
 
     def check_usage(self) -> None:
         """Refuse options that contradict each other, before anything is opened."""
@@ -162,6 +164,13 @@ _record = click.option(
     help="Also write what was done, and the match, into this folder: 'mudsc-fast report FOLDER' makes a page of it.",
 )
 _running = options.together(
+    click.option(
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Before anything is written, try on the network of a Hugging Face folder that permuting all spaces "
+        "at random leaves its outputs as they are.",
+    ),
     options.dtype,
     options.max_shard_size,
     work.large,
@@ -355,7 +364,8 @@ def _prepare(request: Request, device: torch.device, world: World | None) -> Job
     options_given = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(request).items()
-        if name not in ("checkpoints", "output", "resume", "dry_run", "max_memory", "force", "save_plan", "record")
+        if name
+        not in ("checkpoints", "output", "resume", "dry_run", "max_memory", "force", "save_plan", "record", "verify")
     }
     inputs = work.files_of([*files, request.stats, request.plan_from])
     kept = work.Resumption(request.resume and not request.dry_run, request.output, {"inputs": inputs, **options_given})
@@ -370,8 +380,10 @@ def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
 
     request, stats = job.request, None
     if job.given is not None and request.plan_from is not None:
+        _check_law(job)
         return job.given, {"method": job.given.method, "plan": request.plan_from.name}
     balance = request.used_balance()
+    _check_law(job)
     if request.stats is not None:
         # Under a limit each space's statistics are read when it is matched.
         read = ActivationStats.load if job.limit is None else StatsFile
@@ -399,6 +411,11 @@ def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
         save = partial(plan.save, request.save_plan)
         save() if job.world is None else job.world.first(save)
     return plan, about
+
+
+def _check_law(job: Job) -> None:
+    check = partial(check_law, job.spec, job.states[0], job.request.verify, small=job.limit is not None)
+    check() if job.world is None else job.world.first(check)
 
 
 def _merged_layout(plan: MergePlan, layout: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

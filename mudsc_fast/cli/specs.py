@@ -49,8 +49,6 @@ def _from_file(path: str, checkpoint: AnyCheckpoint) -> PermutationSpec:
 
 def _from_network(checkpoint: AnyCheckpoint) -> PermutationSpec | None:
     """The spec of the network that transformers builds, by the names on disk; None where it does not tell."""
-    from mudsc_fast.specs import spec_for
-
     try:
         model = huggingface.empty_model(checkpoint)
     except (ValueError, OSError, ImportError):
@@ -58,10 +56,7 @@ def _from_network(checkpoint: AnyCheckpoint) -> PermutationSpec | None:
     names = huggingface.names_on_disk(model, checkpoint)
     if names is None:
         return None
-    try:
-        found = spec_for(model)
-    except ValueError:
-        found = _traced(model, checkpoint)
+    found = spec_of_network(model, checkpoint.path)
     return _renamed(found, names)
 
 
@@ -73,18 +68,19 @@ _BY_HAND = (
 )
 
 
-def _traced(model: Any, checkpoint: AnyCheckpoint) -> PermutationSpec:
-    from mudsc_fast.spec import PermutationSpec
+def spec_of_network(model: Any, path: Path) -> PermutationSpec:
+    """The spec of a network, known or traced, by its own names; ValueError, with what to do, if there is none."""
+    from mudsc_fast.specs import spec_for
 
     name = type(model).__name__
     try:
-        found = PermutationSpec.trace(model, (), huggingface.example_inputs(model))
+        found = spec_for(model)
     except Exception as error:
         # torch.export runs the model's own code, which may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{checkpoint.path}: no spec was found by tracing {name}: {reason}. {_BY_HAND}") from error
+        raise ValueError(f"{path}: no spec was found for {name}: {reason}. {_BY_HAND}") from error
     if not found.spaces:
-        raise ValueError(f"{checkpoint.path}: tracing {name} found no units that may move. {_BY_HAND}")
+        raise ValueError(f"{path}: tracing {name} found no units that may move. {_BY_HAND}")
     return found
 
 

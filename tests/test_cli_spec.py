@@ -50,7 +50,7 @@ def test_config_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = capsys.readouterr()
     for name in ("residual", "layers.0.v", "layers.1.mlp"):
         assert name in said.out
-    assert "of the parameters, are in a space" in said.out
+    assert "of the bytes, are in a space" in said.out
     assert "left alone: model.embed_tokens.weight [0]" in said.out
     assert "law: " in said.err
     assert main(["spec", str(tmp_path), "--json"]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -67,7 +66,7 @@ def spec(
         model = huggingface.empty_model(alone)
         where: huggingface.AnyFolder = alone
         found = spec_of_network(model, checkpoint)
-        sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+        sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     else:
         found, where, sizes = _of_checkpoint(checkpoint, model_path, spec_from, heads, groups, allow_torch_load)
     if as_json:
@@ -106,7 +105,7 @@ def _of_checkpoint(
         stacked = huggingface.stacked([opened]) if spec_from == "auto" else None
         by_network = stacked[0] if stacked else opened
         found = find_spec(by_network, spec_from, heads, groups)
-    return found, opened, {name: math.prod(info.shape) for name, info in by_network.layout.items()}
+    return found, opened, {name: info.nbytes for name, info in by_network.layout.items()}
 
 
 def _print_rest(found: PermutationSpec, sizes: Mapping[str, int]) -> None:
@@ -114,7 +113,7 @@ def _print_rest(found: PermutationSpec, sizes: Mapping[str, int]) -> None:
     covered = {axis.tensor for space in found.spaces for axis in space.axes}
     left = [name for name in sizes if name not in covered]
     share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
-    click.echo(f"{len(covered)} of {len(sizes)} tensors, {share:.1%} of the parameters, are in a space")
+    click.echo(f"{len(covered)} of {len(sizes)} tensors, {share:.1%} of the bytes, are in a space")
     if left:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         click.echo(f"in none (averaged as they are): {', '.join(left[:8])}{more}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -112,8 +113,10 @@ def shrunken(config: Any, narrow: bool = True) -> Any:
             setattr(small, name, shrunken(inner, narrow))
     for name in _LAYERS:
         _set(small, name, lambda layers: min(layers, 2))
-    if isinstance(getattr(small, "layer_types", None), list):
-        small.layer_types = small.layer_types[:2]
+    kinds = getattr(small, "layer_types", None)
+    if isinstance(kinds, list):
+        with suppress(AttributeError):  # some configs make it anew
+            small.layer_types = kinds[:2]
     if narrow:
         _narrow(small)
     return small
@@ -139,6 +142,9 @@ def _narrow(config: Any) -> None:
         _set(config, name, lambda _: _HEAD_DIM)
     for name in _INNER:
         _set(config, name, lambda _: 6 * _HEAD_DIM)
+    _set(config, "word_embed_proj_dim", lambda size: count * _HEAD_DIM if size == wide else size)
+    for name in ("num_experts_per_tok", "top_k"):
+        _set(config, name, lambda used: min(used, 2))
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         _set(config, name, lambda experts: min(experts, 4))
     _set(config, "query_pre_attn_scalar", lambda _: _HEAD_DIM)
@@ -154,7 +160,8 @@ def _narrow(config: Any) -> None:
 def _set(config: Any, name: str, change: Any) -> None:
     value = getattr(config, name, None)
     if isinstance(value, int) and not isinstance(value, bool):
-        setattr(config, name, change(value))
+        with suppress(AttributeError):  # a property that follows from others
+            setattr(config, name, change(value))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

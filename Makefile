@@ -22,11 +22,12 @@ SETUP    = $(PYTHON) scripts/setup_venv.py --venv $(VENV) --torch "$(TORCH)" --r
 PACKAGE := $(STAMPS)/package-$(WERROR)-$(CUDA)
 MINIMUM_COVERAGE := 90
 
-.PHONY: help build demo test lint mypy bench scale gpu sanitize clean
+.PHONY: help build demo minilm test lint mypy bench scale gpu sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      merge two networks trained on half of the digits each; table and picture in out/demo"
+	@echo "make minilm    merge a real sentence encoder with its shuffled, fine-tuned copy; a few minutes"
 	@echo "make test      build and run all tests (ARGS='tests/test_regroup.py -k bf16' for some of them)"
 	@echo "make lint      ruff, mypy, clang-format, codespell"
 	@echo "make bench     benchmarks against peers"
@@ -58,6 +59,9 @@ build: $(PACKAGE)
 
 demo: $(PACKAGE) $(STAMPS)/with-demo
 	$(PY) examples/digits_demo.py $(ARGS)
+
+minilm: $(PACKAGE) $(STAMPS)/with-minilm
+	$(PY) examples/sentence_embeddings.py $(ARGS)
 
 # Coverage is asked for only of the whole suite: a part of it covers a part of the package.
 test: $(PACKAGE) $(STAMPS)/with-test

@@ -107,14 +107,19 @@ def levels(visits: Sequence[Node], near: Mapping[Node, set[Node]]) -> list[list[
     return found
 
 
+def hubs(near: Mapping[Node, set[Node]]) -> set[Node]:
+    """What more than half of all others read."""
+    return {node for node, others in near.items() if 2 * len(others - {node}) > len(near)}
+
+
 def owners(costs: Mapping[Node, float], near: Mapping[Node, set[Node]], size: int) -> dict[Node, int]:
     """Which process matches what: the costs spread evenly over processes, largest first.
 
     What most others read (a residual stream) can hardly be matched beside them, so such hubs are spread apart.
     """
-    hubs = {node for node in costs if 2 * len(near[node] - {node}) > len(costs)}
+    apart = hubs(near)
     result: dict[Node, int] = {}
-    for part in (hubs, set(costs) - hubs):
+    for part in (apart, set(costs) - apart):
         loads = [0.0] * size
         for node in sorted((n for n in costs if n in part), key=lambda n: -costs[n]):
             rank = loads.index(min(loads))

@@ -21,7 +21,7 @@ from mudsc_fast.arguments import (
     two_or_more,
 )
 from mudsc_fast.covariance import Covariance
-from mudsc_fast.distributed import World, levels, owners, world_of
+from mudsc_fast.distributed import World, hubs, levels, owners, world_of
 from mudsc_fast.journal import Journal, digest
 from mudsc_fast.plan import METHODS, MergePlan
 from mudsc_fast.progress import Bar, Progress, bar, wanted
@@ -56,6 +56,7 @@ def match(
     max_memory: int | None = None,
     journal: PathLike | None = None,
     group: Any = None,
+    split_hubs: bool = False,
 ) -> MergePlan:
     """Find the labels of every space: which units of the models belong together.
 
@@ -82,6 +83,9 @@ def match(
     group: a torch.distributed process group, True for the default one: all its processes make this call with the same
         arguments, share the spaces among them, and get the same plan, which is that of a single process. With a
         journal, each process needs a folder of its own.
+    split_hubs: spaces that most others read (a residual stream) can hardly be matched beside them; True has all
+        processes add up a share of such a space's tensors. Sums in another order round differently, so that labels are
+        those of one process only where no two matches are equally good within float32.
 
     Returns a MergePlan whose history holds L of every sweep run. Sweeps that cannot change anything are not run, so the
     history may be shorter than the plain algorithm's, which only repeats its last L. A space that was never matched (no
@@ -128,7 +132,7 @@ def match(
         record = Journal(journal, {**asked, **limits, **given}, ways)
         if matcher.work is not None:
             matcher.work = matcher.work.with_ways(record.ways)
-    descent = _Descent(matcher, record, world_of(group))
+    descent = _Descent(matcher, record, world_of(group), split_hubs)
     if start is not None and balance > 0:
         descent.current = {name: Match(labels, start.values.get(name, 0.0)) for name, labels in start.labels.items()}
     elif activations:
@@ -147,7 +151,9 @@ def match(
 class _Descent:
     """The current matches, and how they change from visit to visit."""
 
-    def __init__(self, matcher: Matcher, journal: Journal | None = None, world: World | None = None) -> None:
+    def __init__(
+        self, matcher: Matcher, journal: Journal | None = None, world: World | None = None, split_hubs: bool = False
+    ) -> None:
         self.matcher = matcher
         self.journal = journal
         self.world = world
@@ -165,7 +171,11 @@ class _Descent:
         self._owners: dict[tuple[str, ...], int] = {}
         if world is not None:
             costs = {_names(tie): float(sum(s.width**2 * len(s.axes) for s in tie)) for tie in self._tie_of.values()}
-            self._owners = owners(costs, self._near_ties(), world.size)
+            near = self._near_ties()
+            self._owners = owners(costs, near, world.size)
+            if split_hubs:
+                matcher.together = frozenset(name for tie in hubs(near) for name in tie)
+                matcher.world = world
         self._remembered: dict[tuple[str, ...], OrderedDict[Any, list[Match]]] = {}
         self._digests: dict[str, tuple[Match, bytes]] = {}
 
@@ -215,7 +225,7 @@ class _Descent:
         if self.world is not None:
             at_once = levels([_names(tie) for tie in visits], self._near_ties())
         for level in at_once:
-            for tie, matches in self._shared([visits[k] for k in level], self._visit):
+            for tie, matches in self._shared([visits[k] for k in level], self._visit, self.matcher.together):
                 for member, found in zip(tie, matches, strict=True):
                     before = self.current.get(member.name)
                     changed = changed or before is None or not torch.equal(before.labels, found.labels)
@@ -224,15 +234,24 @@ class _Descent:
         return changed
 
     def _shared(
-        self, ties: Sequence[tuple[Space, ...]], work: Callable[[tuple[Space, ...]], list[Match]]
+        self,
+        ties: Sequence[tuple[Space, ...]],
+        work: Callable[[tuple[Space, ...]], list[Match]],
+        together: frozenset[str] = frozenset(),
     ) -> list[tuple[tuple[Space, ...], list[Match]]]:
         """Each tie with its new matches; several processes do their own ones and hear of the others'."""
         world = self.world
         if world is None:
             return [(tie, work(tie)) for tie in ties]
-        mine = [k for k, tie in enumerate(ties) if self._owners[_names(tie)] == world.rank]
-        parts = world.exchange(lambda: {k: work(ties[k]) for k in mine})
-        found = {k: matches for part in parts for k, matches in part.items()}
+        found: dict[int, list[Match]] = {}
+        apart = [k for k, tie in enumerate(ties) if not together & set(_names(tie))]
+        for k in sorted(set(range(len(ties))) - set(apart)):
+            matches = work(ties[k])
+            found[k] = world.first(lambda matches=matches: matches)  # type: ignore[misc]
+        mine = [k for k in apart if self._owners[_names(ties[k])] == world.rank]
+        if apart:
+            for part in world.exchange(lambda: {k: work(ties[k]) for k in mine}):
+                found.update(part)
         return [(tie, found[k]) for k, tie in enumerate(ties)]
 
     def _near_ties(self) -> dict[tuple[str, ...], set[tuple[str, ...]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mudsc_fast.assignment import assign, assign_blocks
 from mudsc_fast.axes import columns, split_blocks
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.distributed import World
 from mudsc_fast.similarity import Term, dual_similarity
 from mudsc_fast.streaming import streamed_similarity
 from mudsc_fast.weights import Weights
@@ -20,6 +21,9 @@ from mudsc_fast.zipping import zip_units
 
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Space
+
+
+_PIECE = 2**28  # bytes of rows read at once, where no plan of work says another number
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Matcher:
 
     weights: None at balance 0. activations: by space; may be empty. widths: merged width of every space that is zipped.
     work: how each space is compared; None: all its tensors at once. duals: of each space's last assignment.
+    together: spaces whose tensors are added up by all processes of `world`, which then visit them at the same time.
     """
 
     spec: PermutationSpec
@@ -55,6 +60,8 @@ class Matcher:
     device: torch.device | None
     work: WorkPlan | None = None
     duals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    together: frozenset[str] = frozenset()
+    world: World | None = None
 
     def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
         """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
@@ -93,11 +100,24 @@ class Matcher:
         scope = "cross" if self._aligned(space) else "full"
         step = self.work.step_of(space.name) if self.work is not None else None
         compared = balance > 0 and any(axis.compare for axis in space.axes)
-        if compared and self.weights is not None and step is not None and step.way == "streamed":
+        split = self.world if space.name in self.together else None
+        streamed = split is not None or (step is not None and step.way == "streamed")
+        if compared and self.weights is not None and streamed:
             labels = {name: match.labels for name, match in current.items()}
             widths = {name: match.width for name, match in current.items()}
+            piece = _PIECE if step is None else step.piece
             return streamed_similarity(
-                self.spec, space, self.weights, labels, widths, activation, balance, scope, step.piece, self.device
+                self.spec,
+                space,
+                self.weights,
+                labels,
+                widths,
+                activation,
+                balance,
+                scope,
+                piece,
+                self.device,
+                split,
             )
         terms = self._terms(space, current) if balance > 0 else []
         if not terms and activation is None:

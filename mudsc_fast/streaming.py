@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mudsc_fast.axes import Columns, columns
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.distributed import World, owners
 from mudsc_fast.layout import dims_of
 from mudsc_fast.regrouping import regroup
 from mudsc_fast.weights import Weights
@@ -34,18 +35,53 @@ def streamed_similarity(
     scope: str,
     piece: int,
     device: torch.device | None = None,
+    world: World | None = None,
 ) -> Tensor:
     """The similarity that `dual_similarity` gives for the space's tensors, up to rounding.
 
     labels, widths: of the spaces that are matched already, (models, width) and merged units. activation: of the space,
         or None for the weights alone. scope: "cross" or "full". piece: bytes of the models' rows that are read at once,
         where rows can be read apart. device: where to compute; None: where the tensors are.
+    world: processes that make this call together: each adds up its share of the tensors, and all get the whole.
     Errors as `dual_similarity`; a space without tensors to compare must not be given.
     """
+    compared = [axis for axis in space.axes if axis.compare]
+    if not compared:
+        raise ValueError(f"terms: space {space.name!r} has no tensors to compare")
+    if world is None:
+        sums = _summed(spec, space, compared, weights, labels, widths, scope, piece, device)
+    else:
+        sizes = {k: float(torch.Size(weights.info(0, axis.tensor)[0]).numel()) for k, axis in enumerate(compared)}
+        rank_of = owners(sizes, {k: set() for k in sizes}, world.size)
+        own = [axis for k, axis in enumerate(compared) if rank_of[k] == world.rank]
+        found: list[Covariance] = []
+        # An error in one process's tensors has to reach the others before they wait for its sums.
+        world.exchange(lambda: found.append(_summed(spec, space, own, weights, labels, widths, scope, piece, device)))
+        sums = found[0]
+        sums.all_reduce(world.group)
+    result = sums.correlation_blocks(scope)
+    del sums
+    if activation is None or balance >= 1.0:
+        return result
+    by_activation = activation.correlation_blocks(scope).to(result.device)
+    result = result.to(by_activation.dtype)
+    return result.mul_(balance).add_(by_activation, alpha=1.0 - balance)
+
+
+def _summed(
+    spec: PermutationSpec,
+    space: Space,
+    axes: Sequence[Axis],
+    weights: Weights,
+    labels: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    scope: str,
+    piece: int,
+    device: torch.device | None,
+) -> Covariance:
+    """The columns of some axes' tensors, added up."""
     sums: Covariance | None = None
-    for axis in space.axes:
-        if not axis.compare:
-            continue
+    for axis in axes:
         for tensors in _pieces(spec, axis, weights, piece):
             here = [x if device is None else x.to(device) for x in tensors]
             seen = columns(spec, space.name, axis, here, labels, widths)
@@ -54,15 +90,7 @@ def streamed_similarity(
                 sums = Covariance(space.width, weights.models, scope, seen[0].tensor.device)
             sums.update([_samples(c) for c in seen], dim=0)
             del seen
-    if sums is None:
-        raise ValueError(f"terms: space {space.name!r} has no tensors to compare")
-    result = sums.correlation_blocks(scope)
-    del sums
-    if activation is None or balance >= 1.0:
-        return result
-    by_activation = activation.correlation_blocks(scope).to(result.device)
-    result = result.to(by_activation.dtype)
-    return result.mul_(balance).add_(by_activation, alpha=1.0 - balance)
+    return Covariance(space.width, weights.models, scope, device or "cpu") if sums is None else sums
 
 
 def rows_apart(spec: PermutationSpec, name: str) -> bool:

@@ -82,6 +82,8 @@ def merge(folder: Path, world: World | None) -> None:
         "align": mf.match(states, spec, stats, "align", group=group),
         "zip": mf.match(states, spec, stats, "zip", group=group),
         "weights": mf.match(states, spec, None, "align", balance=1.0, group=group),
+        "split": mf.match(states, spec, None, "align", balance=1.0, group=group, split_hubs=True),
+        "split-zip": mf.match(states, spec, stats, "zip", group=group, split_hubs=True),
     }
     nets = pair(MLP, inputs=12, widths=(16, 16), num_outputs=4)
     rows = [torch.randn(32, 12, generator=generator)]  # fewer batches than processes
@@ -109,7 +111,7 @@ def broken(what: str, folder: Path, world: World) -> None:
     bad = {name: torch.full_like(x, torch.nan) for name, x in states[1].items()}
     if when == "match" and odd:
         states[1] = bad
-    plan = mf.match(states, spec, None, "align", balance=1.0, group=True)
+    plan = mf.match(states, spec, None, "align", balance=1.0, group=True, split_hubs=how == "fail")
     if when == "write" and odd:
         states[1] = bad
     writer = CheckpointWriter(folder / "out", layout_of(states[0]), max_shard_size=3000, world=world)

@@ -58,7 +58,7 @@ def test_every_run_ends_well(run: str, runs: Path) -> None:
 @pytest.mark.parametrize("run", MERGES[1:])
 def test_the_labels_of_one_process(run: str, runs: Path) -> None:
     alone, folder = runs / MERGES[0], runs / run
-    for name in ("align", "zip", "weights", "mlp"):
+    for name in ("align", "zip", "weights", "split", "split-zip", "mlp"):
         one, many = (mf.MergePlan.load(f / f"{name}.safetensors") for f in (alone, folder))
         assert one.labels.keys() == many.labels.keys()
         assert all(torch.equal(one.labels[space], many.labels[space]) for space in one.labels), name

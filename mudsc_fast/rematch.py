@@ -14,7 +14,8 @@ from mudsc_fast.axes import columns, split_blocks
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import World
 from mudsc_fast.similarity import Term, dual_similarity
-from mudsc_fast.streaming import streamed_similarity
+from mudsc_fast.streaming import UnitTiles, streamed_similarity
+from mudsc_fast.tiled_zip import PAIR_BYTES, zip_tiled
 from mudsc_fast.weights import Weights
 from mudsc_fast.workplan import WorkPlan
 from mudsc_fast.zipping import zip_units
@@ -66,6 +67,8 @@ class Matcher:
     def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
         """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
         balance = self.balance if balance is None else balance
+        if self.work is not None and self.work.step_of(tie[0].name).way == "tiled" and self.weights is not None:
+            return [self._zipped_on_lists(tie[0], current, self.weights, self.work.step_of(tie[0].name).piece)]
         similarities = [self.similarity(space, current, balance) for space in tie]
         if len(tie) > 1 or tie[0].blocks > 1 or tie[0].within == "fixed":
             return self._in_blocks(tie, similarities)
@@ -158,6 +161,17 @@ class Matcher:
         except ValueError as error:
             raise ValueError(f"space {space.name!r} (width {width}, budget {self.budget}): {error}") from error
         return Match(found.labels.cpu(), float(found.value))
+
+    def _zipped_on_lists(self, space: Space, current: Mapping[str, Match], weights: Weights, room: int) -> Match:
+        labels = {name: match.labels for name, match in current.items()}
+        widths = {name: match.width for name, match in current.items()}
+        source = UnitTiles(self.spec, space, weights, labels, widths, self.device)
+        width, pairs = self.widths[space.name], max(1, room // PAIR_BYTES)
+        try:
+            found, _ = zip_tiled(source, self.models, width, self.attenuation, self.budget, pairs)
+        except ValueError as error:
+            raise ValueError(f"space {space.name!r} (width {width}, budget {self.budget}): {error}") from error
+        return Match(found.labels, float(found.value))
 
     def _in_blocks(self, tie: Sequence[Space], similarities: Sequence[Tensor]) -> list[Match]:
         cross = [

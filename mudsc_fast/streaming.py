@@ -20,6 +20,9 @@ from mudsc_fast.layout import dims_of
 from mudsc_fast.regrouping import regroup
 from mudsc_fast.weights import Weights
 
+# Columns that UnitTiles multiplies at a time.
+_BLOCK = 512
+
 if TYPE_CHECKING:
     from mudsc_fast.spec import Axis, PermutationSpec, Space
 
@@ -91,6 +94,56 @@ def _summed(
             sums.update([_samples(c) for c in seen], dim=0)
             del seen
     return Covariance(space.width, weights.models, scope, device or "cpu") if sums is None else sums
+
+
+class UnitTiles:
+    """Rows of the "full" similarity by weights of a space, whose square does not fit in memory; its tensors do.
+
+    Arguments as `streamed_similarity`. width: the units of all models.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        space: Space,
+        weights: Weights,
+        labels: Mapping[str, Tensor],
+        widths: Mapping[str, int],
+        device: torch.device | None = None,
+    ) -> None:
+        self._terms: list[list[Tensor]] = []
+        for axis in space.axes:
+            if axis.compare:
+                tensors = [weights.finite(m, axis.tensor) for m in range(weights.models)]
+                here = [x if device is None else x.to(device) for x in tensors]
+                seen = columns(spec, space.name, axis, here, labels, widths)
+                self._terms.append([_samples(c).reshape(space.width, -1) for c in seen])
+        self.width = space.width * weights.models
+        count = sum(matrices[0].shape[1] for matrices in self._terms)
+        mean = sum((self._block(t, at).sum(dim=1) for t, at in self._places()), torch.zeros(1)) / count
+        squares = sum(
+            ((self._block(t, at) - mean[:, None]).square().sum(dim=1) for t, at in self._places()), torch.zeros(1)
+        )
+        # The rule for dead units of the other ways: a deviation of at most 1e-7 of the root mean square.
+        dead = squares / count <= 1e-14 * (squares / count + mean.square())
+        self._mean, self._scale = mean.float()[:, None], torch.where(dead, 0.0, squares.rsqrt()).float()[:, None]
+
+    def tile(self, rows: Tensor) -> Tensor:
+        """(len(rows), width) float32: these rows of the similarity."""
+        result = torch.zeros(len(rows), self.width, device=self._mean.device)
+        for t, at in self._places():
+            block = self._block(t, at, torch.float32).sub_(self._mean).mul_(self._scale)
+            result.addmm_(block[rows.to(block.device)], block.T)
+        return result.clamp_(-1.0, 1.0)
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        for t, matrices in enumerate(self._terms):
+            for at in range(0, matrices[0].shape[1], _BLOCK):
+                yield t, at
+
+    def _block(self, term: int, at: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Some columns of all models' units, in memory of its own."""
+        return torch.cat([x[:, at : at + _BLOCK].to(dtype, copy=True) for x in self._terms[term]])
 
 
 def rows_apart(spec: PermutationSpec, name: str) -> bool:

@@ -1,8 +1,9 @@
 """What a match and a merge need: memory, time and disk of each step, known before a weight is read.
 
-A space is compared in one of two ways. "joint": all its tensors are in memory, and one kernel call reads them in place.
-"streamed": its tensors pass one after another, and a float64 accumulator stands beside the result
-(`mudsc_fast.streaming`); bfloat16 is quicker this way. Merged tensors are written whole, or in slabs of rows. With a
+A space is compared in one of three ways. "joint": all its tensors are in memory, and one kernel call reads them in
+place. "streamed": its tensors pass one after another, and a float64 accumulator stands beside the result
+(`mudsc_fast.streaming`); bfloat16 is quicker this way. "tiled": a zip by weights whose similarity fits in neither way,
+on lists of its largest entries (`mudsc_fast.tiled_zip`). Merged tensors are written whole, or in slabs of rows. With a
 limit, each step takes the way that fits; the largest step that has none gives the minimum.
 """
 
@@ -19,11 +20,15 @@ import torch
 
 from mudsc_fast.layout import dims_of
 from mudsc_fast.streaming import rows_apart
+from mudsc_fast.tiled_zip import PAIR_BYTES, TILE_ROWS
 
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Space
 
 MIB = 2**20
+
+# Pairs that a zip on lists keeps at most: beyond that Python's dicts take minutes.
+_MOST_PAIRS = 8_000_000
 
 # Rows that are read at once where a tensor can be read in pieces: enough to keep the disk busy.
 _PIECE = 256 * MIB
@@ -54,8 +59,8 @@ class TensorShape(NamedTuple):
 class Step:
     """The match of one space, or of the spaces of one tie.
 
-    way: "joint" or "streamed". piece: bytes of rows read at once. memory: bytes on top of what the process holds.
-    flops: multiply-adds times two, of one visit. read: bytes read in one visit.
+    way: "joint", "streamed" or "tiled". piece: bytes of rows read at once, or of the lists of a "tiled" zip. memory:
+    bytes on top of what the process holds. flops: multiply-adds times two, and read: bytes, of one visit.
     """
 
     spaces: tuple[str, ...]
@@ -111,6 +116,7 @@ class _Sizes:
         tensors = [models * _bytes(info) for _, info in compared]
         columns = [prod(info.shape) // max(n, 1) for _, info in compared]
         self.tensors = sum(tensors)
+        self.floats = models * sum(item * prod(info.shape) for _, info in compared)
         # Tables of column offsets, and the merged copies that the streamed way makes of all models but the first.
         self.tables = 8 * 4 * models * max(columns, default=0)
         self.largest = max(
@@ -233,9 +239,27 @@ def _step(
     quick = room is not None and all(s.bfloat16 for s in sizes) and streamed(piece) <= room
     if room is None or (joint <= room and not quick):
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
+    if room < min(joint, streamed(piece)) and method == "zip" and _may_tile(tie, balance):
+        lists, memory, least = _tiled(sizes[0], models, room)
+        return Step(names, width, "tiled", lists, memory, 2 * flops, read), least
     if not quick and streamed(piece) > joint:
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
     return Step(names, width, "streamed", piece, streamed(piece), flops, read), min(joint, streamed(piece))
+
+
+def _may_tile(tie: Sequence[Space], balance: float) -> bool:
+    """Whether a zip on lists knows how: one space without blocks, by weights alone."""
+    return balance == 1 and len(tie) == 1 and tie[0].blocks == 1 and tie[0].within == "free"
+
+
+def _tiled(sizes: _Sizes, models: int, room: int) -> tuple[int, int, int]:
+    """(bytes of lists, of the whole step, the least of it) of a zip on lists: its tensors, tiles and pairs."""
+    units = models * sizes.space.width
+    # Tensors as they are and, in merged coordinates, in float32; a tile and its products; a block of columns.
+    fixed = sizes.tensors + sizes.floats + 2 * 4 * TILE_ROWS * units + 16 * 512 * units
+    fewest = 64 * units * PAIR_BYTES
+    lists = max(fewest, min(_MOST_PAIRS * PAIR_BYTES, units * units // 2 * PAIR_BYTES, room - fixed))
+    return lists, fixed + lists, fixed + fewest
 
 
 def _merging(

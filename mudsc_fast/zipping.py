@@ -65,7 +65,7 @@ def zip_units(
     total = similarity.shape[0]
     d = total // models
     width = d if width is None else width
-    _check_options(d, models, width, attenuation, budget, blocks)
+    check_zip_options(d, models, width, attenuation, budget, blocks)
     to_remove = total - width
     unions = _unions(similarity, d, models, blocks, block_indices)
     left = torch.full((models,), int((to_remove // models) * budget + 1e-4), dtype=torch.int64)
@@ -87,7 +87,7 @@ def zip_units(
                 f"of {models} x {d} units{f' with attenuation {attenuation:g}' if attenuation <= 0 else ''}"
             )
         value += taken
-        labels[units] = _numbered(owner) + k * (width // blocks)
+        labels[units] = numbered(owner) + k * (width // blocks)
     device = similarity.device
     return Zip(
         labels.view(models, d).to(device),
@@ -111,7 +111,8 @@ def _checked_similarity(similarity: Tensor, models: int) -> Tensor:
     return similarity if similarity.dtype == torch.float64 else similarity.to(torch.float32)
 
 
-def _check_options(d: int, models: int, width: int, attenuation: float, budget: float, blocks: int) -> None:
+def check_zip_options(d: int, models: int, width: int, attenuation: float, budget: float, blocks: int) -> None:
+    """ValueError, naming the argument, for options of a zip that do not fit `models` times `d` units."""
     if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= models * d:
         raise ValueError(f"width: expected 1..{models * d} merged units for {models} x {d} units, got {width!r}")
     if not math.isfinite(attenuation) or attenuation > 1:
@@ -153,7 +154,7 @@ def _checked_pairing(block_indices: Tensor, models: int, blocks: int) -> Tensor:
     return pairing[:, pairing[0].argsort()]
 
 
-def _numbered(owner: Tensor) -> Tensor:
+def numbered(owner: Tensor) -> Tensor:
     """Each unit's final survivor, survivors numbered in rising order."""
     while True:
         higher = owner[owner]

@@ -22,7 +22,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.is_relative_to(ROO
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_core", "build"),
     ("backends",),
-    ("regrouping", "zipping", "assignment", "covariance", "similarity", "library"),
+    ("regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library"),
     ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),
     (

@@ -200,7 +200,7 @@ def test_the_plan_fits_its_limit_and_knows_its_minimum() -> None:
 def test_a_zip_needs_the_square_of_all_units() -> None:
     spec, layout = llama_like(1)
     with pytest.raises(ValueError, match="'mlp0'"):
-        plan_work(spec, layout, 2, method="zip", max_memory=4 * GB, base=0)
+        plan_work(spec, layout, 2, method="zip", max_memory=GB, base=0)
     assert plan_work(spec, layout, 2, method="zip", base=0).peak > 2 * 4 * (2 * 14336) ** 2
 
 
@@ -270,3 +270,38 @@ def test_a_visit_of_other_spaces_is_refused(tmp_path: Path) -> None:
     (tmp_path / "000000.safetensors").write_bytes((tmp_path / "000001.safetensors").read_bytes())
     with pytest.raises(ValueError, match="holds a visit of"):
         mf.match(states, architecture.spec, balance=1.0, journal=tmp_path)
+
+
+# --- zips on lists ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mlp", "resnet"])
+def test_a_zip_on_lists_is_the_zip(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = ARCHITECTURES[kind]
+    model = architecture.models(1)[0]
+    states = [model.state_dict(), architecture.permuted(model, 3).state_dict()]
+    for state in states:
+        for name, x in state.items():
+            if x.dim() > 1:
+                x.add_(0.05 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(len(name))))
+    expected = mf.match(states, architecture.spec, method="zip", balance=1.0)
+    tiled = all_streamed(architecture.spec, states[0], 10**6)
+    steps = tuple(type(s)(s.spaces, s.width, "tiled", s.piece, s.memory, s.flops, s.read) for s in tiled.steps)
+    work = WorkPlan(steps, tiled.base, None, tiled.merge_memory, tiled.read, tiled.output)
+    monkeypatch.setattr("mudsc_fast.matching.plan_work", lambda *a, **k: work)
+    found = mf.match(states, architecture.spec, method="zip", balance=1.0, max_memory=GB)
+    assert all(torch.equal(found.labels[name], expected.labels[name]) for name in expected.labels)
+    assert all(abs(found.values[name] - expected.values[name]) < 1e-5 for name in expected.values)
+    few = tuple(type(s)(s.spaces, s.width, "tiled", 320, s.memory, s.flops, s.read) for s in tiled.steps)
+    work = WorkPlan(few, tiled.base, None, tiled.merge_memory, tiled.read, tiled.output)
+    with pytest.raises(ValueError, match=r"space '.*' \(width .*\): zip_tiled: \d+ of \d+ merges are proven; the rest"):
+        mf.match(states, architecture.spec, method="zip", balance=1.0, max_memory=GB)
+
+
+def test_a_wide_zip_is_planned_on_lists() -> None:
+    spec, layout = llama_like(1)
+    work = plan_work(spec, layout, 2, method="zip", max_memory=6 * GB, base=GB // 2)
+    assert work.peak <= 6 * GB
+    assert work.step_of("mlp0").way == "tiled"
+    with pytest.raises(ValueError, match=r"matching space 'mlp0'.*a zip holds"):
+        plan_work(spec, layout, 2, method="zip", max_memory=6 * GB, base=GB // 2, balance=0.5)

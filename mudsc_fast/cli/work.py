@@ -136,7 +136,8 @@ def _table(rows: Sequence[tuple[str, list[Step]]], flops: float, bytes_read: flo
         table.add_column(heading, justify="right")
     for name, steps in rows:
         step = steps[0]
-        way = "together" if step.way == "joint" else f"one by one, {in_words(step.piece)} at most"
+        ways = {"joint": "together", "streamed": f"one by one, {in_words(step.piece)} at most"}
+        way = ways.get(step.way, f"lists of {in_words(step.piece)}, proven or refused")
         each = _visit_seconds(step, flops, bytes_read)
         cells = [str(len(steps)), str(step.width), way, in_words(step.memory), f"{step.flops / 1e9:.0f}"]
         table.add_row(name, *cells, in_words(step.read), f"{len(steps)} x {_duration(each)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -43,3 +44,16 @@ def test_a_small_llama_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert logits["b_aligned from b"] < 1e-4
     assert logits["merged"] < logits["b"] < 0.1
     assert logits["average"] > 10 * logits["merged"]
+
+
+def test_the_document_shows_the_committed_results() -> None:
+    result = json.loads((scale.RESULTS / "scale-llama-8b-width.json").read_text())
+    text = (scale.ROOT / "docs" / "scale.md").read_text()
+    for line in [line for table in scale.tables(result) for line in table]:
+        assert line in text
+    assert result["planted"]["exact_spaces"] == result["planted"]["spaces"]
+    for run in result["runs"].values():
+        assert run["peak_resident_mb"] < 4000
+        assert f"{run['peak_resident_mb'] / 1000:.2f} GB" in text
+    for name in ("merged", "average", "b_aligned from b"):
+        assert str(result["logits"][name]) in text

@@ -1,65 +1,63 @@
-// Gather and segment sum along one axis of a strided tensor: one thread an output vector of up to 16 bytes.
-// Moves each input element and each output element once; index vectors are shared by all rows and stay in L2.
+// Gather and segment sum along one axis of a strided tensor. Each input element that a unit takes is read once and each
+// output element written once: bytes moved = (members + units) * elements a unit * element size; the index vectors are
+// shared by all rows and stay in the caches.
+//   vectors: a thread makes one output vector of up to 16 bytes along the innermost other axis.
+//   lines:   the unit axis is innermost in both tensors, so that neighbours in the output come from anywhere in a line.
+//            A block stages a few lines in shared memory, reads and writes memory in order, and gathers there.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "cuda/launch.h"
+#include "cuda/run.h"
+#include "cuda/shared.h"
 
 namespace mudsc {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksAMultiprocessor = 32;          // waves of work are evened out by stepping through it
+constexpr int64_t kStage = 96 * 1024;               // bytes of lines staged at once: two blocks share a multiprocessor
+constexpr int64_t kLongestLine = 200 * 1024;        // longer lines are gathered from global memory
+constexpr int kMostLines = 8;                       // staged at once: each index read serves as many
+constexpr int64_t kNarrow = int64_t{1} << 31;       // below, indices are divided in 32 bits
+
+struct Axis {
+    int64_t shape, in, out;  // length and strides, in elements (the innermost axis of `vectors`: in vectors)
+};
 
 struct Params {
     const void* in;
     void* out;
-    const int64_t* ptr;      // [units + 1]
+    const int64_t* ptr;      // [units + 1], or null: one member each
     const int64_t* members;  // [ptr[units]]
     const double* scale;     // [units] or null
-    int64_t vectors;         // output vectors to write
-    int64_t units, unit_in, unit_out;
-    int n;  // other axes, innermost last; the innermost counts in vectors
-    int64_t shape[kMaxDims], in_strides[kMaxDims], out_strides[kMaxDims];
+    int64_t total;           // vectors, or lines
+    Axis unit;               // shape: of out
+    int64_t length;          // of in's unit axis
+    int n, unit_at;          // axes; which of them is the unit axis (lines: none)
+    Axis axes[kMaxDims];     // by falling output stride
+    int lines, pitch;        // lines: how many are staged at once, and elements from one to the next
 };
 
-template <int Bytes>
-struct alignas(Bytes) Packet {
-    unsigned char bytes[Bytes];
+struct alignas(16) Sixteen {
+    uint64_t half[2];
 };
 
-// Splits a vector's index into the unit and the offsets of the other axes, the innermost fastest.
-__device__ int64_t locate(const Params& p, int64_t index, int64_t* in, int64_t* out) {
-    *in = 0;
-    *out = 0;
-    int64_t unit = 0;
-    for (int d = p.n - 1; d >= 0; --d) {
-        const int64_t i = index % p.shape[d];
-        index /= p.shape[d];
-        *in += i * p.in_strides[d];
-        *out += i * p.out_strides[d];
-        if (d == p.n - 1) {
-            unit = index % p.units;
-            index /= p.units;
-        }
-    }
-    if (p.n == 0) unit = index;
-    return unit;
-}
+template <typename E, int Lanes>
+struct alignas(sizeof(E) * Lanes) Packet {
+    E lane[Lanes];
+};
 
-template <int Bytes>
-__global__ void __launch_bounds__(kThreads) move_kernel(const Params p) {
-    using V = Packet<Bytes>;
-    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-    for (int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < p.vectors; v += step) {
-        int64_t in, out;
-        const int64_t j = locate(p, v, &in, &out);
-        V value = {};
-        if (p.ptr[j] < p.ptr[j + 1]) value = static_cast<const V*>(p.in)[in + p.members[p.ptr[j]] * p.unit_in];
-        static_cast<V*>(p.out)[out + j * p.unit_out] = value;
-    }
-}
+// Bits are moved; a unit has at most one member and no scale.
+template <typename E>
+struct Move {
+    using Element = E;
+    using Sum = E;
+    static __device__ void add(Sum* sum, E x) { *sum = x; }
+    static __device__ E result(Sum sum, const double*) { return sum; }
+};
 
 __device__ float widen(float x) { return x; }
 __device__ double widen(double x) { return x; }
@@ -70,134 +68,245 @@ __device__ void narrow(double x, double* y) { *y = x; }
 __device__ void narrow(float x, __half* y) { *y = __float2half_rn(x); }
 __device__ void narrow(float x, __nv_bfloat16* y) { *y = __float2bfloat16_rn(x); }
 
-template <typename T, typename Acc, int Lanes>
-__global__ void __launch_bounds__(kThreads) sum_kernel(const Params p) {
-    struct alignas(sizeof(T) * Lanes) V {
-        T lane[Lanes];
-    };
-    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-    for (int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < p.vectors; v += step) {
-        int64_t in, out;
-        const int64_t j = locate(p, v, &in, &out);
-        Acc sum[Lanes] = {};
-        for (int64_t m = p.ptr[j]; m < p.ptr[j + 1]; ++m) {
-            const V x = static_cast<const V*>(p.in)[in + p.members[m] * p.unit_in];
-#pragma unroll
-            for (int k = 0; k < Lanes; ++k) sum[k] += widen(x.lane[k]);
+template <typename E, typename Accumulator>
+struct Add {
+    using Element = E;
+    using Sum = Accumulator;
+    static __device__ void add(Sum* sum, E x) { *sum += widen(x); }
+    static __device__ E result(Sum sum, const double* scale) {
+        E y;
+        narrow(scale != nullptr ? sum * static_cast<Sum>(*scale) : sum, &y);
+        return y;
+    }
+};
+
+struct Members {
+    int64_t first, end;
+};
+__device__ Members members_of(const Params& p, int64_t unit) {
+    if (p.ptr == nullptr) return Members{unit, unit + 1};
+    return Members{p.ptr[unit], p.ptr[unit + 1]};
+}
+
+struct Place {
+    int64_t in, out, unit;
+};
+
+template <typename Index>
+__device__ Place locate(const Params& p, Index index) {
+    Place place{0, 0, 0};
+    for (int d = p.n - 1; d >= 0; --d) {
+        const Index length = static_cast<Index>(p.axes[d].shape), rest = index / length;
+        const auto i = static_cast<int64_t>(index - rest * length);
+        index = rest;
+        place.out += i * p.axes[d].out;
+        if (d == p.unit_at) {
+            place.unit = i;
+        } else {
+            place.in += i * p.axes[d].in;
         }
-        const Acc by = p.scale != nullptr ? static_cast<Acc>(p.scale[j]) : Acc{1};
-        V value;
+    }
+    return place;
+}
+
+__device__ Place locate(const Params& p, int64_t index) {
+    return p.total < kNarrow ? locate<uint32_t>(p, static_cast<uint32_t>(index)) : locate<int64_t>(p, index);
+}
+
+template <typename Policy, int Lanes>
+__global__ void __launch_bounds__(kThreads) vectors_kernel(const __grid_constant__ Params p) {
+    using E = typename Policy::Element;
+    using Vector = Packet<E, Lanes>;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+    for (int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < p.total; v += step) {
+        const Place at = locate(p, v);
+        const Members own = members_of(p, at.unit);
+        typename Policy::Sum sum[Lanes] = {};
+        for (int64_t m = own.first; m < own.end; ++m) {
+            const Vector x = static_cast<const Vector*>(p.in)[at.in + p.members[m] * p.unit.in];
 #pragma unroll
-        for (int k = 0; k < Lanes; ++k) narrow(sum[k] * by, &value.lane[k]);
-        static_cast<V*>(p.out)[out + j * p.unit_out] = value;
+            for (int l = 0; l < Lanes; ++l) Policy::add(&sum[l], x.lane[l]);
+        }
+        const double* scale = p.scale != nullptr ? p.scale + at.unit : nullptr;
+        Vector y;
+#pragma unroll
+        for (int l = 0; l < Lanes; ++l) y.lane[l] = Policy::result(sum[l], scale);
+        static_cast<Vector*>(p.out)[at.out] = y;
     }
 }
 
-// Sorts the other axes by the output's strides, innermost last, and counts strides and the inner axis in vectors of
-// `lanes` elements. False when some stride, length or address is not a multiple.
-bool layout(const RegroupArgs& a, int lanes, Params* p) {
-    *p = Params{};
-    p->in = a.in;
-    p->out = a.out;
-    p->ptr = a.ptr;
-    p->members = a.members;
-    p->scale = a.scale;
-    p->units = a.shape[a.dim];
-    p->unit_in = a.in_strides[a.dim];
-    p->unit_out = a.out_strides[a.dim];
-    for (int d = 0; d < a.ndim; ++d) {
-        if (d == a.dim || a.shape[d] == 1) continue;
-        int at = p->n++;
-        for (; at > 0 && p->out_strides[at - 1] < a.out_strides[d]; --at) {
-            p->shape[at] = p->shape[at - 1];
-            p->in_strides[at] = p->in_strides[at - 1];
-            p->out_strides[at] = p->out_strides[at - 1];
+// One unit of a staged line.
+template <typename Policy>
+__device__ typename Policy::Element gathered(const Params& p, const typename Policy::Element* line, int64_t unit) {
+    const Members own = members_of(p, unit);
+    typename Policy::Sum sum = {};
+    for (int64_t m = own.first; m < own.end; ++m) Policy::add(&sum, line[p.members[m]]);
+    return Policy::result(sum, p.scale != nullptr ? p.scale + unit : nullptr);
+}
+
+template <typename Policy, int Lanes>
+__global__ void __launch_bounds__(kThreads, 2) lines_kernel(const __grid_constant__ Params p) {
+    using E = typename Policy::Element;
+    using Vector = Packet<E, Lanes>;
+    E* stage = dynamic_shared<E>();
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t read = p.length / Lanes, written = p.unit.shape / Lanes;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * p.lines; first < p.total;
+         first += static_cast<int64_t>(gridDim.x) * p.lines) {
+        const int here = static_cast<int>(p.total - first < p.lines ? p.total - first : p.lines);
+        for (int r = 0; r < here; ++r) {
+            const E* line = static_cast<const E*>(p.in) + locate<int64_t>(p, first + r).in;
+            E* to = stage + static_cast<int64_t>(r) * p.pitch;
+#pragma unroll 4
+            for (int64_t c = thread; c < read; c += kThreads)
+                reinterpret_cast<Vector*>(to)[c] = reinterpret_cast<const Vector*>(line)[c];
+            for (int64_t c = read * Lanes + thread; c < p.length; c += kThreads) to[c] = line[c];
         }
-        p->shape[at] = a.shape[d];
-        p->in_strides[at] = a.in_strides[d];
-        p->out_strides[at] = a.out_strides[d];
+        __syncthreads();
+        for (int r = 0; r < here; ++r) {
+            const E* line = stage + static_cast<int64_t>(r) * p.pitch;
+            E* to = static_cast<E*>(p.out) + locate<int64_t>(p, first + r).out;
+            for (int64_t c = thread; c < written; c += kThreads) {
+                Vector y;
+#pragma unroll
+                for (int l = 0; l < Lanes; ++l) y.lane[l] = gathered<Policy>(p, line, c * Lanes + l);
+                reinterpret_cast<Vector*>(to)[c] = y;
+            }
+            for (int64_t j = written * Lanes + thread; j < p.unit.shape; j += kThreads)
+                to[j] = gathered<Policy>(p, line, j);
+        }
+        __syncthreads();
     }
-    p->vectors = p->units;
-    for (int d = 0; d < p->n; ++d) p->vectors *= p->shape[d];
-    if (lanes == 1) return true;
-    const int inner = p->n - 1;
-    if (inner < 0 || p->in_strides[inner] != 1 || p->out_strides[inner] != 1 || p->shape[inner] % lanes != 0)
-        return false;
+}
+
+// ---- the launcher ----
+
+// The axes by falling output stride, neighbours that lie in one piece in both tensors made one.
+Params layout(const RegroupArgs& a, bool single) {
+    Params p{};
+    p.in = a.in;
+    p.out = a.out;
+    p.ptr = single ? nullptr : a.ptr;
+    p.members = a.members;
+    p.scale = a.scale;
+    p.unit = Axis{a.shape[a.dim], a.in_strides[a.dim], a.out_strides[a.dim]};
+    int order[kMaxDims] = {};
+    for (int d = 0; d < a.ndim; ++d) {
+        if (d != a.dim && a.shape[d] == 1) continue;
+        int at = p.n++;
+        for (; at > 0 && a.out_strides[order[at - 1]] < a.out_strides[d]; --at) order[at] = order[at - 1];
+        order[at] = d;
+    }
+    int kept = 0;
+    p.unit_at = -1;
+    for (int k = 0; k < p.n; ++k) {
+        const int d = order[k];
+        const Axis axis{a.shape[d], a.in_strides[d], a.out_strides[d]};
+        if (kept > 0 && d != a.dim && p.unit_at != kept - 1) {
+            Axis& last = p.axes[kept - 1];
+            if (last.in == axis.in * axis.shape && last.out == axis.out * axis.shape) {
+                last = Axis{last.shape * axis.shape, axis.in, axis.out};
+                continue;
+            }
+        }
+        if (d == a.dim) p.unit_at = kept;
+        p.axes[kept++] = axis;
+    }
+    p.n = kept;
+    p.total = 1;
+    for (int d = 0; d < p.n; ++d) p.total *= p.axes[d].shape;
+    return p;
+}
+
+// Whether every step between vectors, and both addresses, are whole vectors of `lanes` elements.
+bool aligned(const RegroupArgs& a, const Params& p, int lanes) {
     const uintptr_t bytes = static_cast<uintptr_t>(lanes) * static_cast<uintptr_t>(a.element_bytes);
     if (reinterpret_cast<uintptr_t>(a.in) % bytes != 0 || reinterpret_cast<uintptr_t>(a.out) % bytes != 0) return false;
-    if (p->unit_in % lanes != 0 || p->unit_out % lanes != 0) return false;
-    for (int d = 0; d < inner; ++d) {
-        if (p->in_strides[d] % lanes != 0 || p->out_strides[d] % lanes != 0) return false;
-    }
-    p->shape[inner] /= lanes;
-    p->vectors /= lanes;
-    p->unit_in /= lanes;
-    p->unit_out /= lanes;
-    for (int d = 0; d < inner; ++d) {
-        p->in_strides[d] /= lanes;
-        p->out_strides[d] /= lanes;
+    for (int d = 0; d < p.n - 1; ++d) {
+        if (p.axes[d].in % lanes != 0 || p.axes[d].out % lanes != 0) return false;
     }
     return true;
 }
 
-template <typename Kernel>
-void launch(Kernel kernel, const Params& p, int sms, cudaStream_t stream) {
-    const int64_t wanted = (p.vectors + kThreads - 1) / kThreads, most = static_cast<int64_t>(sms) * 32;
-    kernel<<<static_cast<unsigned>(wanted < most ? wanted : most), kThreads, 0, stream>>>(p);
+template <typename Policy, int Lanes>
+std::string run_vectors(Params p, int multiprocessors, void* stream) {
+    if (Lanes > 1) {
+        p.axes[p.n - 1].shape /= Lanes;
+        p.total /= Lanes;
+        p.unit.in /= Lanes;
+        for (int d = 0; d < p.n - 1; ++d) {
+            p.axes[d].in /= Lanes;
+            p.axes[d].out /= Lanes;
+        }
+    }
+    const int64_t most = static_cast<int64_t>(multiprocessors) * kBlocksAMultiprocessor;
+    const Shape shape{min_of(ceil_of(p.total, kThreads), most), kThreads};
+    return launch("regroup vectors_kernel", vectors_kernel<Policy, Lanes>, shape, stream, p);
 }
 
-bool launch_move(const RegroupArgs& a, int sms, cudaStream_t stream) {
-    Params p;
-    int lanes = 16 / a.element_bytes;
-    while (!layout(a, lanes, &p)) lanes /= 2;
-    switch (lanes * a.element_bytes) {
-        case 1: launch(move_kernel<1>, p, sms, stream); return true;
-        case 2: launch(move_kernel<2>, p, sms, stream); return true;
-        case 4: launch(move_kernel<4>, p, sms, stream); return true;
-        case 8: launch(move_kernel<8>, p, sms, stream); return true;
-        case 16: launch(move_kernel<16>, p, sms, stream); return true;
-        default: return false;
-    }
+template <typename Policy, int Lanes>
+std::string run_lines(Params p, int multiprocessors, void* stream) {
+    using E = typename Policy::Element;
+    p.n -= 1;  // the unit axis, the last, is the line
+    p.unit_at = -1;
+    p.total /= p.unit.shape;
+    constexpr int64_t kWhole = 16 / static_cast<int64_t>(sizeof(E));
+    const int64_t pitch = ceil_of(p.length, kWhole) * kWhole, bytes = pitch * static_cast<int64_t>(sizeof(E));
+    p.pitch = static_cast<int>(pitch);
+    p.lines = static_cast<int>(max_of(1, min_of(kMostLines, kStage / max_of(bytes, 1))));
+    const int64_t most = static_cast<int64_t>(multiprocessors) * kBlocksAMultiprocessor;
+    // A few lines must not leave most multiprocessors without work.
+    while (p.lines > 1 && ceil_of(p.total, p.lines) < 2 * multiprocessors) p.lines /= 2;
+    Shape shape{min_of(ceil_of(p.total, p.lines), most), kThreads};
+    shape.shared_bytes = static_cast<size_t>(p.lines * bytes);
+    return launch("regroup lines_kernel", lines_kernel<Policy, Lanes>, shape, stream, p);
 }
 
-template <typename T, typename Acc>
-void launch_sum(const RegroupArgs& a, int sms, cudaStream_t stream) {
-    constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
-    Params p;
-    if (layout(a, kLanes, &p)) {
-        launch(sum_kernel<T, Acc, kLanes>, p, sms, stream);
-    } else {
-        layout(a, 1, &p);
-        launch(sum_kernel<T, Acc, 1>, p, sms, stream);
+template <typename Policy>
+std::string run(const RegroupArgs& a, int64_t length, bool single, int multiprocessors, void* stream) {
+    constexpr int kMost = 16 / static_cast<int>(sizeof(typename Policy::Element));
+    Params p = layout(a, single);
+    p.length = length;
+    const Axis& inner = p.axes[p.n - 1];
+    if (inner.in != 1 || inner.out != 1) return run_vectors<Policy, 1>(p, multiprocessors, stream);
+    if (p.unit_at == p.n - 1) {
+        if (length * a.element_bytes > kLongestLine) return run_vectors<Policy, 1>(p, multiprocessors, stream);
+        if (kMost > 1 && aligned(a, p, kMost)) return run_lines<Policy, kMost>(p, multiprocessors, stream);
+        return run_lines<Policy, 1>(p, multiprocessors, stream);
     }
+    if (kMost > 1 && inner.shape % kMost == 0 && aligned(a, p, kMost))
+        return run_vectors<Policy, kMost>(p, multiprocessors, stream);
+    return run_vectors<Policy, 1>(p, multiprocessors, stream);
 }
 
 }  // namespace
 
-// Every unit with at most one member and no scale is the caller's promise when the dtype is not one of the four that
-// can be summed; for those the sum of one member is that member.
-std::string regroup(const RegroupArgs& a, int device, void* stream_ptr) {
+// At most one member a unit and no scale is the caller's promise where the dtype is not one of the four that can be
+// summed. One member and no scale moves bits whatever the dtype.
+std::string regroup(const RegroupArgs& a, int64_t length, bool single, int device, void* stream) {
     for (int d = 0; d < a.ndim; ++d) {
         if (a.shape[d] == 0) return {};
     }
-    int before = 0, sms = 0;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    const auto stream = static_cast<cudaStream_t>(stream_ptr);
-    bool launched = true;
-    switch (a.dtype) {
-        case Dtype::f64: launch_sum<double, double>(a, sms, stream); break;
-        case Dtype::f32: launch_sum<float, float>(a, sms, stream); break;
-        case Dtype::f16: launch_sum<__half, float>(a, sms, stream); break;
-        case Dtype::bf16: launch_sum<__nv_bfloat16, float>(a, sms, stream); break;
-        default: launched = launch_move(a, sms, stream); break;
+    const OnDevice on(device);
+    if (!on.error().empty()) return "regroup: " + on.error();
+    const int sms = on.multiprocessors();
+    if (!single || a.scale != nullptr) {
+        switch (a.dtype) {
+            case Dtype::f64: return run<Add<double, double>>(a, length, single, sms, stream);
+            case Dtype::f32: return run<Add<float, float>>(a, length, single, sms, stream);
+            case Dtype::f16: return run<Add<__half, float>>(a, length, single, sms, stream);
+            case Dtype::bf16: return run<Add<__nv_bfloat16, float>>(a, length, single, sms, stream);
+            default: break;
+        }
     }
-    error = cudaGetLastError();
-    cudaSetDevice(before);
-    if (!launched) return "unsupported element size";
-    return error == cudaSuccess ? std::string() : std::string(cudaGetErrorString(error));
+    switch (a.element_bytes) {
+        case 1: return run<Move<uint8_t>>(a, length, single, sms, stream);
+        case 2: return run<Move<uint16_t>>(a, length, single, sms, stream);
+        case 4: return run<Move<uint32_t>>(a, length, single, sms, stream);
+        case 8: return run<Move<uint64_t>>(a, length, single, sms, stream);
+        case 16: return run<Move<Sixteen>>(a, length, single, sms, stream);
+        default: return "regroup: unsupported element size";
+    }
 }
 
 }  // namespace cuda

@@ -1,0 +1,1 @@
+"""The real CUDA sources on the CPU: an emulator of threads, warps, blocks and grids. See driver.py."""

@@ -198,7 +198,8 @@ void regroup(const py::object& in_obj, const py::object& out_obj, int dim, const
 #ifdef MUDSC_FAST_CUDA_ARCHS
 // The index vectors live on the device too and were made and checked there by the caller.
 void regroup_cuda(const py::object& in_obj, const py::object& out_obj, int dim, const py::object& ptr_obj,
-                  const py::object& members_obj, const std::optional<py::object>& scale_obj, uintptr_t stream) {
+                  const py::object& members_obj, const std::optional<py::object>& scale_obj, bool single,
+                  uintptr_t stream) {
     TensorArg in(in_obj, "tensor"), out(out_obj, "out"), ptr(ptr_obj, "ptr"), members(members_obj, "members");
     mudsc::RegroupArgs a = regroup_args(*in, *out, dim, 0);
     require(in->cuda && out->cuda && ptr->cuda && members->cuda, "regroup: expected CUDA tensors");
@@ -219,9 +220,25 @@ void regroup_cuda(const py::object& in_obj, const py::object& out_obj, int dim, 
     std::string error;
     {
         py::gil_scoped_release release;
-        error = mudsc::cuda::regroup(a, in->device, reinterpret_cast<void*>(stream));
+        error = mudsc::cuda::regroup(a, in->shape[dim], single, in->device, reinterpret_cast<void*>(stream));
     }
-    if (!error.empty()) throw std::runtime_error("regroup: " + error);
+    if (!error.empty()) throw std::runtime_error(error);
+}
+
+// A contiguous CUDA tensor on the device of another, of a known number of elements, or an error.
+template <typename T>
+T* device_flat_of(const TensorArg& t, const TensorArg& beside, Dtype dtype, int64_t length, const char* name) {
+    int64_t expected = 1;
+    bool contiguous = t->cuda && t->device == beside->device && t->dtype == dtype && t->numel() == length;
+    for (int d = t->ndim - 1; d >= 0; --d) {
+        contiguous = contiguous && (t->shape[d] == 1 || t->strides[d] == expected);
+        expected *= t->shape[d];
+    }
+    if (!contiguous) {
+        throw py::value_error(std::string(name) + ": expected a contiguous tensor of " + std::to_string(length) +
+                              " elements on the similarity's device");
+    }
+    return t->as<T>();
 }
 #endif
 
@@ -274,15 +291,64 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     return {total, made};
 }
 
+#ifdef MUDSC_FAST_CUDA_ARCHS
+// Scratch memory that zip_cuda may ask for, in bytes.
+int64_t zip_scratch_cuda(int64_t n, int64_t problems, int64_t models, bool wide) {
+    mudsc::cuda::ZipCudaArgs a{};
+    a.zip.dtype = wide ? Dtype::f64 : Dtype::f32;
+    a.zip.n = n;
+    a.zip.models = static_cast<int>(models);
+    a.problems = problems;
+    return mudsc::cuda::zip_scratch_bytes(a);
+}
+
+// units and model_of are (problems, n), budget and block_budget (problems, models), the results one piece a problem.
+void zip_cuda(const py::object& similarity_obj, const py::object& units_obj, const py::object& model_obj,
+              int64_t merges, double attenuation, const py::object& budget_obj, const py::object& block_budget_obj,
+              const py::object& owner_obj, const py::object& total_obj, const py::object& made_obj,
+              const py::object& status_obj, const py::object& scratch_obj, uintptr_t stream) {
+    TensorArg similarity(similarity_obj, "similarity"), units(units_obj, "units"), model(model_obj, "model_of"),
+        budget(budget_obj, "budget"), block_budget(block_budget_obj, "block_budget"), owner(owner_obj, "owner"),
+        total(total_obj, "total"), made(made_obj, "made"), status(status_obj, "status"),
+        scratch(scratch_obj, "scratch");
+    require(similarity->cuda && similarity->ndim == 2, "similarity: expected a CUDA matrix");
+    require(units->ndim == 2 && budget->ndim == 2, "units, budget: expected one row a problem");
+    mudsc::cuda::ZipCudaArgs a{};
+    a.problems = units->shape[0];
+    a.zip.n = units->shape[1];
+    a.zip.models = static_cast<int>(budget->shape[1]);
+    a.zip.dtype = similarity->dtype;
+    a.zip.similarity = similarity->data;
+    a.zip.row_stride = similarity->strides[0];
+    a.zip.col_stride = similarity->strides[1];
+    const int64_t rows = a.problems * a.zip.n, budgets = a.problems * a.zip.models;
+    a.zip.units = device_flat_of<int64_t>(units, similarity, Dtype::i64, rows, "units");
+    a.zip.model_of = device_flat_of<int32_t>(model, similarity, Dtype::i32, rows, "model_of");
+    a.zip.budget = device_flat_of<int64_t>(budget, similarity, Dtype::i64, budgets, "budget");
+    a.zip.block_budget = device_flat_of<int64_t>(block_budget, similarity, Dtype::i64, budgets, "block_budget");
+    a.zip.owner = device_flat_of<int64_t>(owner, similarity, Dtype::i64, rows, "owner");
+    a.zip.total = device_flat_of<double>(total, similarity, Dtype::f64, a.problems, "total");
+    a.zip.made = device_flat_of<int64_t>(made, similarity, Dtype::i64, a.problems, "made");
+    a.status = device_flat_of<int32_t>(status, similarity, Dtype::i32, a.problems, "status");
+    a.scratch_bytes = scratch->numel();
+    a.scratch = device_flat_of<uint8_t>(scratch, similarity, Dtype::u8, a.scratch_bytes, "scratch");
+    a.zip.merges = merges;
+    a.zip.attenuation = attenuation;
+    require(merges >= 0 && merges < std::max<int64_t>(a.zip.n, 1), "merges: out of range");
+    std::string error;
+    {
+        py::gil_scoped_release release;
+        error = mudsc::cuda::zip(a, similarity->device, reinterpret_cast<void*>(stream));
+    }
+    if (!error.empty()) throw std::runtime_error(error);
+}
+#endif
+
 // ---- assign ----
 
-// similarity is (n, n), (b, n, n) or (a, b, n, n); the rest are contiguous and hold one piece a matrix: start (2, n)
-// duals, indices (n,), out: value, gap, u (n,), v (n,), each for all matrices before the next.
-void assign(const py::object& similarity_obj, const std::optional<py::object>& start_obj, const py::object& indices_obj,
-            const py::object& out_obj, int threads) {
-    TensorArg similarity(similarity_obj, "similarity"), indices(indices_obj, "indices"), out(out_obj, "out");
-    require(!similarity->cuda && similarity->ndim >= 2 && similarity->ndim <= 4,
-            "similarity: expected 2 to 4 dimensions on the CPU");
+// A batch of square matrices: its sizes and strides.
+mudsc::AssignArgs assign_args(const TensorArg& similarity) {
+    require(similarity->ndim >= 2 && similarity->ndim <= 4, "similarity: expected 2 to 4 dimensions");
     mudsc::AssignArgs a{};
     const int batch_dims = similarity->ndim - 2;
     a.dtype = similarity->dtype;
@@ -296,6 +362,16 @@ void assign(const py::object& similarity_obj, const std::optional<py::object>& s
     require(a.n == similarity->shape[batch_dims + 1], "similarity: expected square matrices");
     a.row_stride = similarity->strides[batch_dims];
     a.col_stride = similarity->strides[batch_dims + 1];
+    return a;
+}
+
+// similarity is (n, n), (b, n, n) or (a, b, n, n); the rest are contiguous and hold one piece a matrix: start (2, n)
+// duals, indices (n,), out: value, gap, u (n,), v (n,), each for all matrices before the next.
+void assign(const py::object& similarity_obj, const std::optional<py::object>& start_obj, const py::object& indices_obj,
+            const py::object& out_obj, int threads) {
+    TensorArg similarity(similarity_obj, "similarity"), indices(indices_obj, "indices"), out(out_obj, "out");
+    require(!similarity->cuda, "similarity: expected a CPU tensor");
+    mudsc::AssignArgs a = assign_args(similarity);
     const int64_t problems = a.shape[0] * a.shape[1];
     std::optional<TensorArg> start;
     if (start_obj) {
@@ -318,6 +394,36 @@ void assign(const py::object& similarity_obj, const std::optional<py::object>& s
     }
     check(status, "similarity");
 }
+
+#ifdef MUDSC_FAST_CUDA_ARCHS
+// As assign, with all tensors on one device; status: one number a matrix, 0 where the result is proven.
+void assign_cuda(const py::object& similarity_obj, const std::optional<py::object>& start_obj,
+                 const py::object& indices_obj, const py::object& out_obj, const py::object& status_obj,
+                 uintptr_t stream) {
+    TensorArg similarity(similarity_obj, "similarity"), indices(indices_obj, "indices"), out(out_obj, "out"),
+        status(status_obj, "status");
+    require(similarity->cuda, "similarity: expected a CUDA tensor");
+    mudsc::AssignArgs a = assign_args(similarity);
+    const int64_t problems = a.shape[0] * a.shape[1];
+    std::optional<TensorArg> start;
+    if (start_obj) {
+        start.emplace(*start_obj, "duals");
+        a.start = device_flat_of<double>(*start, similarity, Dtype::f64, problems * 2 * a.n, "duals");
+    }
+    a.indices = device_flat_of<int64_t>(indices, similarity, Dtype::i64, problems * a.n, "indices");
+    a.value = device_flat_of<double>(out, similarity, Dtype::f64, problems * (2 + 2 * a.n), "out");
+    a.gap = a.value + problems;
+    a.u = a.gap + problems;
+    a.v = a.u + problems * a.n;
+    auto* found = device_flat_of<int32_t>(status, similarity, Dtype::i32, problems, "status");
+    std::string error;
+    {
+        py::gil_scoped_release release;
+        error = mudsc::cuda::assign(a, found, similarity->device, reinterpret_cast<void*>(stream));
+    }
+    if (!error.empty()) throw std::runtime_error(error);
+}
+#endif
 
 // ---- ceilings, for benchmarks ----
 
@@ -623,6 +729,12 @@ PYBIND11_MODULE(_core, m) {
           py::arg("balance"), py::arg("activation"), py::arg("out"), py::arg("threads"));
 #ifdef MUDSC_FAST_CUDA_ARCHS
     m.def("regroup_cuda", &regroup_cuda, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"),
-          py::arg("members"), py::arg("scale"), py::arg("stream"));
+          py::arg("members"), py::arg("scale"), py::arg("single"), py::arg("stream"));
+    m.def("zip_scratch_cuda", &zip_scratch_cuda, py::arg("n"), py::arg("problems"), py::arg("models"), py::arg("wide"));
+    m.def("zip_cuda", &zip_cuda, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),
+          py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("total"),
+          py::arg("made"), py::arg("status"), py::arg("scratch"), py::arg("stream"));
+    m.def("assign_cuda", &assign_cuda, py::arg("similarity"), py::arg("start"), py::arg("indices"), py::arg("out"),
+          py::arg("status"), py::arg("stream"));
 #endif
 }

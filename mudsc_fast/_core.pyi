@@ -15,7 +15,33 @@ def regroup(
     tensor: Tensor, out: Tensor, dim: int, ptr: Tensor, members: Tensor, scale: Tensor | None, threads: int
 ) -> None: ...
 def regroup_cuda(
-    tensor: Tensor, out: Tensor, dim: int, ptr: Tensor, members: Tensor, scale: Tensor | None, stream: int
+    tensor: Tensor,
+    out: Tensor,
+    dim: int,
+    ptr: Tensor,
+    members: Tensor,
+    scale: Tensor | None,
+    single: bool,
+    stream: int,
+) -> None: ...
+def zip_scratch_cuda(n: int, problems: int, models: int, wide: bool) -> int: ...
+def zip_cuda(
+    similarity: Tensor,
+    units: Tensor,
+    model_of: Tensor,
+    merges: int,
+    attenuation: float,
+    budget: Tensor,
+    block_budget: Tensor,
+    owner: Tensor,
+    total: Tensor,
+    made: Tensor,
+    status: Tensor,
+    scratch: Tensor,
+    stream: int,
+) -> None: ...
+def assign_cuda(
+    similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor, status: Tensor, stream: int
 ) -> None: ...
 def zip(
     similarity: Tensor,

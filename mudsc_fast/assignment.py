@@ -63,9 +63,9 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
     if matrix.dim() > 4 or (matrix.dim() == 4 and backend != "auto"):
         matrix = matrix.reshape(problems, n, n)
     start = None if duals is None else _checked_duals(duals, batch, n)
-    indices = torch.empty(problems * n, dtype=torch.int64)
-    out = torch.empty(problems * (2 * n + 2), dtype=torch.float64)
-    solve = _solver(matrix.device, backend)
+    indices = torch.empty(problems * n, dtype=torch.int64, device=matrix.device)
+    out = torch.empty(problems * (2 * n + 2), dtype=torch.float64, device=matrix.device)
+    solve = _solver(matrix.device, backend, n)
     scale = 1.0
     try:
         solve(matrix, start, indices, out)
@@ -89,14 +89,15 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
     return _moved(Assignment(*result), matrix.device)
 
 
-_solvers: dict[tuple[str, str], Callable[[Tensor, Tensor | None, Tensor, Tensor], None]] = {}
+_solvers: dict[tuple[str, str, bool], Callable[[Tensor, Tensor | None, Tensor, Tensor], None]] = {}
 
 
-def _solver(device: torch.device, backend: str) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], None]:
+def _solver(device: torch.device, backend: str, n: int) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], None]:
     """The backend's function, remembered: small problems take less time than finding it."""
-    key = device.type, backend
+    key = device.type, backend, n <= backends.SMALL_ASSIGN
     if key not in _solvers:
-        _solvers[key] = backends.pick("assign", device, backend).module.assign
+        op = "assign_small" if key[2] else "assign"
+        _solvers[key] = backends.pick(op, device, backend).module.assign
     return _solvers[key]
 
 

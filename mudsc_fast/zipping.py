@@ -74,12 +74,11 @@ def zip_units(
     chosen = backends.pick("zip", similarity.device, backend)
     labels = torch.empty(total, dtype=torch.int64)
     value = 0.0
-    for k, units in enumerate(unions):
-        merges = len(units) - width // blocks
-        model_of = (units // d).to(torch.int32)
-        owner = torch.empty(len(units), dtype=torch.int64)
-        left_here = torch.full((models,), block_budget, dtype=torch.int64)
-        taken, made = chosen.module.zip(similarity, units, model_of, merges, attenuation, left, left_here, owner)
+    merges = unions.shape[1] - width // blocks
+    owner = torch.empty_like(unions)
+    model_of = (unions // d).to(torch.int32)
+    results = chosen.module.zip(similarity, unions, model_of, merges, attenuation, left, block_budget, owner)
+    for k, (taken, made) in enumerate(results):
         if made < merges:
             raise ValueError(
                 f"zip_units: no allowed pair is left after {made} of {merges} merges"
@@ -87,7 +86,7 @@ def zip_units(
                 f"of {models} x {d} units{f' with attenuation {attenuation:g}' if attenuation <= 0 else ''}"
             )
         value += taken
-        labels[units] = numbered(owner) + k * (width // blocks)
+        labels[unions[k]] = numbered(owner[k]) + k * (width // blocks)
     device = similarity.device
     return Zip(
         labels.view(models, d).to(device),
@@ -125,11 +124,11 @@ def check_zip_options(d: int, models: int, width: int, attenuation: float, budge
         raise ValueError(f"width: expected a multiple of the {blocks} blocks, got {width}")
 
 
-def _unions(similarity: Tensor, d: int, models: int, blocks: int, block_indices: Tensor | None) -> list[Tensor]:
-    """The units that may merge with each other: for each block of model 0, its own and those of its partners."""
+def _unions(similarity: Tensor, d: int, models: int, blocks: int, block_indices: Tensor | None) -> Tensor:
+    """The units that may merge with each other, (blocks, n): a block of model 0, and its partners of the others."""
     if block_indices is None:
         if blocks == 1:
-            return [torch.arange(models * d)]
+            return torch.arange(models * d)[None]
         from mudsc_fast.assignment import assign_blocks
 
         pairing = torch.empty(models, blocks, dtype=torch.int64)
@@ -142,7 +141,7 @@ def _unions(similarity: Tensor, d: int, models: int, blocks: int, block_indices:
     size = d // blocks
     first = pairing * size + torch.arange(models)[:, None] * d  # (models, blocks)
     units = first[:, :, None] + torch.arange(size)  # (models, blocks, size)
-    return [units[:, k].reshape(-1).contiguous() for k in range(blocks)]
+    return units.transpose(0, 1).reshape(blocks, -1).contiguous()
 
 
 def _checked_pairing(block_indices: Tensor, models: int, blocks: int) -> Tensor:

@@ -1,6 +1,6 @@
 // Many small assignments: one warp a problem, lane l looks after columns l, l + 32, ... Bids place most rows, shortest
-// augmenting paths the rest (Jonker and Volgenant, 1987), all prices in float64; exact row duals and the gap that proves
-// the result come last. Semantics of csrc/cpu/kernels/assign.cpp; among equal optima it may choose another.
+// augmenting paths the rest (Jonker and Volgenant, 1987), all prices in float64; exact row duals and the gap that
+// proves the result come last. Semantics of csrc/cpu/kernels/assign.cpp; among equal optima it may choose another.
 //
 // Everything that lanes tell each other goes through shuffles, or through shared memory between two __syncwarp().
 #include <cuda_runtime.h>
@@ -112,9 +112,7 @@ class Solver {
     }
 
   private:
-    __device__ double entry(int i, int j) const {
-        return static_cast<double>(s[i * p.row_stride + j * p.col_stride]);
-    }
+    __device__ double entry(int i, int j) const { return static_cast<double>(s[i * p.row_stride + j * p.col_stride]); }
 
     __device__ int rank(int j) const { return shared.row_of[j] >= 0 ? j + kMost : j; }
 
@@ -195,7 +193,8 @@ class Solver {
         return left;
     }
 
-    // The shortest path from a row without a column to a column without a row, and the prices that keep all rows content.
+    // The shortest path from a row without a column to a column without a row, and the prices that keep all rows
+    // content.
     __device__ bool augment(int row) {
         for (int j = lane; j < n; j += kLanes) {
             shared.distance[j] = shared.price[j] - entry(row, j);

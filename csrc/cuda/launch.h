@@ -1,5 +1,6 @@
-// The launchers of the CUDA kernels. Each sets the device, runs on the caller's stream, allocates nothing, and returns an
-// empty string or what went wrong, with the kernel's name. All pointers are device memory but for shapes and strides.
+// The launchers of the CUDA kernels. Each sets the device, runs on the caller's stream, allocates nothing, and returns
+// an empty string or what went wrong, with the kernel's name. All pointers are device memory but for shapes and
+// strides.
 #pragma once
 
 #include <string>

@@ -17,11 +17,12 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksAMultiprocessor = 32;          // waves of work are evened out by stepping through it
-constexpr int64_t kStage = 96 * 1024;               // bytes of lines staged at once: two blocks share a multiprocessor
-constexpr int64_t kLongestLine = 200 * 1024;        // longer lines are gathered from global memory
-constexpr int kMostLines = 8;                       // staged at once: each index read serves as many
-constexpr int64_t kNarrow = int64_t{1} << 31;       // below, indices are divided in 32 bits
+constexpr int kBlocksAMultiprocessor = 32;     // many waves, so that the last one weighs little
+constexpr int kStagesAMultiprocessor = 8;      // four waves of two
+constexpr int64_t kStage = 96 * 1024;          // bytes of lines staged at once: two blocks share a multiprocessor
+constexpr int64_t kLongestLine = 200 * 1024;   // longer lines are gathered from global memory
+constexpr int kMostLines = 8;                  // staged at once: each index read serves as many
+constexpr int64_t kNarrow = int64_t{1} << 31;  // below, indices are divided in 32 bits
 
 struct Axis {
     int64_t shape, in, out;  // length and strides, in elements (the innermost axis of `vectors`: in vectors)
@@ -254,7 +255,7 @@ std::string run_lines(Params p, int multiprocessors, void* stream) {
     const int64_t pitch = ceil_of(p.length, kWhole) * kWhole, bytes = pitch * static_cast<int64_t>(sizeof(E));
     p.pitch = static_cast<int>(pitch);
     p.lines = static_cast<int>(max_of(1, min_of(kMostLines, kStage / max_of(bytes, 1))));
-    const int64_t most = static_cast<int64_t>(multiprocessors) * kBlocksAMultiprocessor;
+    const int64_t most = static_cast<int64_t>(multiprocessors) * kStagesAMultiprocessor;
     // A few lines must not leave most multiprocessors without work.
     while (p.lines > 1 && ceil_of(p.total, p.lines) < 2 * multiprocessors) p.lines /= 2;
     Shape shape{min_of(ceil_of(p.total, p.lines), most), kThreads};

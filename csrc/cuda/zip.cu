@@ -1,5 +1,5 @@
-// Greedy zip in one persistent launch. Each block of a team owns the rows of every blocks-th chunk of 32: it keeps their
-// best partners and writes their entries. A step is one barrier of the team:
+// Greedy zip in one persistent launch. Each block of a team owns the rows of every blocks-th chunk of 32: it keeps
+// their best partners and writes their entries. A step is one barrier of the team:
 //   publish the best pair among the rows owned -> barrier -> all read all and agree on the pair (i, j) -> each updates
 //   row i and column i at the columns it owns, and searches again those of its rows that lost their partner.
 // Row i's own maximum is spread over all blocks; its parts are published beside the pairs and meet at the next barrier.
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / 32;
-constexpr int kTile = 32;                    // of the matrix, and a chunk of rows
+constexpr int kTile = 32;  // of the matrix, and a chunk of rows
 constexpr unsigned kAll = 0xffffffffu;
 constexpr double kSymmetryTolerance = 1e-4;  // of the largest magnitude: more is not rounding
 constexpr int kNobody = 0x7fffffff;
@@ -255,7 +255,8 @@ class Zipper {
         for (int r = thread / 32; r < kTile; r += threads / 32) {
             // The upper half as it is read, with the padding right of the last column.
             int i = row0 + r, k = column0 + lane;
-            if (i < p.n && k >= i) work[at(i, k)] = k < p.n && k > i ? allowed(i, k, shared.tile[r][lane]) : nothing<T>();
+            if (i < p.n && k >= i)
+                work[at(i, k)] = k < p.n && k > i ? allowed(i, k, shared.tile[r][lane]) : nothing<T>();
             // The lower half, transposed, and what the input has in its place.
             i = column0 + r;
             k = row0 + lane;
@@ -508,8 +509,8 @@ std::string run(const ZipCudaArgs& a, const OnDevice& device, void* stream) {
     p.total = z.total;
     p.made = z.made;
     p.status = a.status;
-    const cudaError_t error = cudaMemsetAsync(p.check, 0, static_cast<size_t>(a.problems) * sizeof(Check),
-                                              static_cast<cudaStream_t>(stream));
+    const cudaError_t error =
+        cudaMemsetAsync(p.check, 0, static_cast<size_t>(a.problems) * sizeof(Check), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return describe(error, "zip_kernel");
     Shape shape{blocks, plan.threads};
     if (plan.team == 1) return launch("zip_kernel", zip_kernel<T, false>, shape, stream, p);

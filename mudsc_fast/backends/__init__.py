@@ -79,13 +79,16 @@ class Backend:
         return importlib.import_module(f"mudsc_fast.backends.{self.name}")
 
 
+# The largest n of the op "assign_small", for which GPUs have a kernel of their own; also in csrc/cuda/launch.h.
+SMALL_ASSIGN = 256
+
 # In order of preference for each device. "host" moves CUDA tensors to the CPU kernels and the result back.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", frozenset({"regroup", "zip", "assign", "covariance", "similarity"})),
-    Backend("cuda", "cuda", frozenset({"regroup"}), _why_no_cuda_kernels),
+    Backend("cpu", "cpu", frozenset({"regroup", "zip", "assign", "assign_small", "covariance", "similarity"})),
+    Backend("cuda", "cuda", frozenset({"regroup", "zip", "assign_small"}), _why_no_cuda_kernels),
     Backend("triton", "cuda", frozenset({"covariance", "similarity"}), _why_no_triton),
     Backend("torch_device", "cuda", frozenset({"covariance"})),
-    Backend("host", "cuda", frozenset({"regroup", "zip", "assign", "similarity"})),
+    Backend("host", "cuda", frozenset({"regroup", "zip", "assign", "assign_small", "similarity"})),
 )
 
 
@@ -93,7 +96,7 @@ def pick(op: str, device: torch.device | str, requested: str = "auto") -> Backen
     """Choose the backend that runs ``op`` on ``device``.
 
     Args:
-        op: "regroup", "zip", "assign", "covariance" or "similarity".
+        op: "regroup", "zip", "assign", "assign_small" (n <= SMALL_ASSIGN), "covariance" or "similarity".
         device: where the tensors live.
         requested: a backend's name, or "auto" for the first usable one.
 

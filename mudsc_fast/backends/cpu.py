@@ -36,12 +36,40 @@ def zip(
     merges: int,
     attenuation: float,
     budget: Tensor,
-    block_budget: Tensor,
+    block_budget: int,
     owner: Tensor,
-) -> tuple[float, int]:
-    """Zip some units of a similarity; returns the sum of the entries taken and the number of merges made."""
-    threads = torch.get_num_threads()
-    return _core.zip(similarity, units, model_of, merges, attenuation, budget, block_budget, owner, threads)
+) -> list[tuple[float, int]]:
+    """Zip each union of units; one (sum of the entries taken, merges made) a union, none after one that falls short.
+
+    Args:
+        similarity: the matrix, float32 or float64.
+        units: (unions, n), int64: rows of the similarity. This and what follows is host memory on every backend.
+        model_of: (unions, n), int32.
+        merges: how many to make in each union.
+        attenuation: factor on a merged unit's similarities.
+        budget: (models,), int64: merges left inside each model, which the unions share in their order; lowered.
+        block_budget: the same for one union alone.
+        owner: (unions, n), int64, written: the unit that each joined, an index into its union.
+    """
+    results: list[tuple[float, int]] = []
+    for k in range(len(units)):
+        left_here = torch.full_like(budget, block_budget)
+        results.append(
+            _core.zip(
+                similarity,
+                units[k],
+                model_of[k],
+                merges,
+                attenuation,
+                budget,
+                left_here,
+                owner[k],
+                torch.get_num_threads(),
+            )
+        )
+        if results[-1][1] < merges:
+            break
+    return results
 
 
 def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor) -> None:

@@ -28,16 +28,19 @@ def zip(
     merges: int,
     attenuation: float,
     budget: Tensor,
-    block_budget: Tensor,
+    block_budget: int,
     owner: Tensor,
-) -> tuple[float, int]:
-    """Zip some units of a similarity; the index vectors are host memory already."""
+) -> list[tuple[float, int]]:
+    """Zip unions of units of a similarity; the index vectors are host memory already."""
     return cpu.zip(similarity.cpu(), units, model_of, merges, attenuation, budget, block_budget, owner)
 
 
 def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor) -> None:
-    """Solve a batch of assignments; the other tensors are host memory already."""
-    cpu.assign(similarity.cpu(), start, indices, out)
+    """Solve a batch of assignments."""
+    found, written = indices.cpu(), out.cpu()
+    cpu.assign(similarity.cpu(), start, found, written)
+    indices.copy_(found)
+    out.copy_(written)
 
 
 def similarity(

@@ -93,7 +93,9 @@ def regroup(
         want = mf.reference.regroup(tensor, labels, dim, size, scale)
         allowed = TOLERANCE[tensor.dtype] * mf.reference.regroup(tensor.abs(), labels, dim, size, scale)
         error = (got.double() - want).abs() - allowed - (1e-7 if tensor.dtype == torch.float16 else 0)
-        return "" if got.numel() == 0 or float(error.max()) <= 0 else f"error {float(error.max()):g} beyond the tolerance"
+        return (
+            "" if got.numel() == 0 or float(error.max()) <= 0 else f"error {float(error.max()):g} beyond the tolerance"
+        )
 
     return Checked("regroup", case, verdict, f"{tensor.dtype} {tuple(tensor.shape)} dim {dim} offsets {offsets}")
 

@@ -1,7 +1,8 @@
 // Runs cases through the launchers on the emulator. Reads a file of cases, writes a file of results:
 //   case: int64 lengths and contents of: settings, integers, reals, then the number of arrays and each array's bytes
 //   result: error text, then the number of arrays and each array's bytes
-// Every array is a block of memory of its own, exactly as long as it is, so that the sanitizers see each step beyond it.
+// Every array is a block of memory of its own, exactly as long as it is, so that the sanitizers see each step beyond
+// it.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -63,7 +63,8 @@ constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStack = 128 * 1024;
 constexpr size_t kSharedWithoutAsking = 48 * 1024, kSharedMost = 227 * 1024;
-constexpr unsigned char kGarbage = 0xff;  // NaN in every floating type
+constexpr unsigned long long kMostSteps = 20'000'000;  // of one launch: a kernel that does not end is a finding
+constexpr unsigned char kGarbage = 0xff;               // NaN in every floating type
 
 enum class State { ready, running, at_block, at_grid, at_warp, done };
 
@@ -116,7 +117,7 @@ struct Block {
 };
 
 Options settings;
-uint64_t random_state, enqueued, switches;
+uint64_t random_state, enqueued, switches, switches_before;
 Fiber main_fiber, *current = &main_fiber;
 #ifdef SIMT_ASAN
 Fiber* came_from;
@@ -155,7 +156,8 @@ uint64_t hash(uint64_t a, uint64_t b) {
 uint64_t key_of(const Fiber& f) {
     const uint64_t seed = settings.seed, block = static_cast<uint64_t>(f.block - blocks);
     switch (settings.policy) {
-        case 1: return (hash(seed, block << 16 | static_cast<uint64_t>(f.warp)) & ~63ull) | static_cast<uint64_t>(f.lane);
+        case 1:
+            return (hash(seed, block << 16 | static_cast<uint64_t>(f.warp)) & ~63ull) | static_cast<uint64_t>(f.lane);
         case 2: return hash(seed, block << 16 | static_cast<uint64_t>(f.warp * kLanes + f.lane));
         case 3: return ~enqueued;
         case 4: return enqueued;
@@ -199,7 +201,7 @@ void switch_to(Fiber* to) {
         from->state = State::running;
         return;
     }
-    ++switches;
+    if (++switches - switches_before > kMostSteps) fail("no end after %llu steps", kMostSteps);
     current = to;
     to->state = State::running;
 #ifdef SIMT_ASAN
@@ -240,6 +242,10 @@ void finish() {
     Block* b = f->block;
     if (b->arrived > 0) fail("a thread ended while others of its block wait at line %d", b->line);
     if (grid_arrived > 0) fail("a thread ended while others of the grid wait at line %d", grid_line);
+    for (const Fiber* other : b->warps[f->warp].lane) {
+        if (other != nullptr && other->state == State::at_warp && (other->mask >> f->lane & 1u) != 0)
+            fail("line %d: the mask %08x names lane %d, which has ended", other->line, other->mask, f->lane);
+    }
     release(&launch_tag);
     grid_left = true;
     f->state = State::done;
@@ -432,7 +438,8 @@ void complete(Warp& w, const Fiber& last) {
             default: break;
         }
         if (from < 0 || from >= kLanes) from = l;
-        if ((mask >> from & 1u) == 0) fail("line %d: a shuffle reads lane %d, which is not in the mask", last.line, from);
+        if ((mask >> from & 1u) == 0)
+            fail("line %d: a shuffle reads lane %d, which is not in the mask", last.line, from);
         results[l] = w.lane[from]->value;
     }
     const bool reduces = op >= Op::ballot;
@@ -516,7 +523,8 @@ void grid_barrier(int line) {
 uint64_t warp_collective(Op op, unsigned mask, uint64_t value, int argument, int line) {
     Fiber* f = current;
     Warp& w = f->block->warps[f->warp];
-    if ((mask >> f->lane & 1u) == 0) fail("line %d: lane %d is not in the mask %08x that it names", line, f->lane, mask);
+    if ((mask >> f->lane & 1u) == 0)
+        fail("line %d: lane %d is not in the mask %08x that it names", line, f->lane, mask);
     char* tag = &w.tag[w.syncs & 1];
     if (op == Op::sync) release(tag);
     f->state = State::at_warp;
@@ -568,6 +576,7 @@ int launch(const Launch& l) {
     if (resident == 0) return cudaErrorLaunchOutOfResources;
     if (l.cooperative && static_cast<int64_t>(l.grid.x) > resident) return cudaErrorCooperativeLaunchTooLarge;
     launching = &l;
+    switches_before = switches;
     n_blocks = static_cast<int>(l.grid.x);
     blocks = static_cast<Block*>(calloc(static_cast<size_t>(n_blocks), sizeof(Block)));
     random_state = settings.seed * 977 + static_cast<uint64_t>(settings.policy);

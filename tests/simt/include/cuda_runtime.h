@@ -18,11 +18,11 @@
 #define __grid_constant__
 
 namespace simt {
-template <Index Self::*What, unsigned Index::*Axis>
+template <Index Self::* What, unsigned Index::* Axis>
 struct Component {
     operator unsigned() const { return self().*What.*Axis; }
 };
-template <Index Self::*What>
+template <Index Self::* What>
 struct Position {
     Component<What, &Index::x> x;
     Component<What, &Index::y> y;
@@ -75,7 +75,11 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 using cudaStream_t = struct Stream*;
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrCooperativeLaunch,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
@@ -185,10 +189,12 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, int line = __bu
     return static_cast<unsigned>(simt::warp_collective(simt::Op::maximum, mask, value, 0, line));
 }
 inline int __reduce_min_sync(unsigned mask, int value, int line = __builtin_LINE()) {
-    return static_cast<int>(simt::warp_collective(simt::Op::minimum_signed, mask, static_cast<unsigned>(value), 0, line));
+    return static_cast<int>(
+        simt::warp_collective(simt::Op::minimum_signed, mask, static_cast<unsigned>(value), 0, line));
 }
 inline int __reduce_max_sync(unsigned mask, int value, int line = __builtin_LINE()) {
-    return static_cast<int>(simt::warp_collective(simt::Op::maximum_signed, mask, static_cast<unsigned>(value), 0, line));
+    return static_cast<int>(
+        simt::warp_collective(simt::Op::maximum_signed, mask, static_cast<unsigned>(value), 0, line));
 }
 
 // ---- atomics: relaxed, as on the device, so that they order nothing else ----

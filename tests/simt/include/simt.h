@@ -16,9 +16,24 @@ struct Self {
 };
 const Self& self();
 
-enum class Op { sync, index, up, down, exclusive_or, ballot, any, all, add, minimum, maximum, minimum_signed, maximum_signed };
+enum class Op {
+    sync,
+    index,
+    up,
+    down,
+    exclusive_or,
+    ballot,
+    any,
+    all,
+    add,
+    minimum,
+    maximum,
+    minimum_signed,
+    maximum_signed
+};
 
-// All wait; `line` is the caller's, so that divergence and deadlock can be reported. Kernels write one such call a line.
+// All wait; `line` is the caller's, so that divergence and deadlock can be reported. Kernels write one such call a
+// line.
 void block_barrier(int line);
 void grid_barrier(int line);
 uint64_t warp_collective(Op op, unsigned mask, uint64_t value, int argument, int line);
@@ -45,7 +60,7 @@ int launch(const Launch& launch);  // a cudaError_t
 
 struct Options {
     uint64_t seed = 0;
-    int policy = 0;        // one of kPolicies
+    int policy = 0;  // one of kPolicies
     int multiprocessors = 2;
     int mutant = -1;
     const char* fail_call = nullptr;  // this runtime call returns fail_code

@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda plan: mf.MergePlan(plan.spec, {n: x.flip(1) for n, x in plan.labels.items()}, "zip"),
         "pip",
     ),
-    "blocks": ("assign_blocks", overvalued, "assign: blocks"),
+    "blocks": ("assign_blocks", overvalued, "assign_small: blocks"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Cases for the CUDA launchers, with what must come out: from the CPU kernels, the float64 reference, or the definition."""
+"""Cases for the CUDA launchers, with what must come out: by the CPU kernels, the reference, or the definition."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def regroup(
     offsets: tuple[int, int] = (0, 0),
     **options: int,
 ) -> Checked:
-    """One regrouping; ``out`` gives the strides of the result, ``offsets`` how many elements past 256 bytes they begin."""
+    """One regrouping; ``out`` gives the strides of the result, ``offsets`` the elements before input and result."""
     shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
     out = torch.zeros(shape, dtype=tensor.dtype) if out is None else out
     ptr, members = segments(labels, tensor.shape[dim], size)
@@ -132,7 +132,7 @@ def zip_problems(
     scratch_short: int = 0,
     **options: int,
 ) -> Checked:
-    """``units``, ``model_of``: (problems, n); budgets: (problems, models). Compared with the CPU kernel, bit for bit."""
+    """``units``, ``model_of``: (problems, n); budgets: (problems, models). Equal to the CPU kernel, bit for bit."""
     problems, n = units.shape
     arrays = [
         _memory(similarity, 0).numpy(),

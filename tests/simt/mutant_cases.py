@@ -99,7 +99,7 @@ def verdicts(binary: Path, checked: list[Checked], mutant: int = -1, timeout: fl
 
 
 def caught(kernel: str, mutant: mutants.Mutant, schedules: int = 5) -> str:
-    """How a fault shows: under AddressSanitizer and a few schedules, else under ThreadSanitizer; "" when it does not."""
+    """How a fault shows: under AddressSanitizer and a few schedules, else under ThreadSanitizer; or ""."""
     for k, checked in enumerate(small_cases(kernel, schedules, tiny=False)):
         found = verdicts(driver.build("asan-mutants"), checked, mutant.number)
         if found:

@@ -62,7 +62,7 @@ EDITS: dict[str, tuple[tuple[str, str, str], ...]] = {
 
 # Faults that change neither a result nor an order, by their note, and why; they are not run.
 EQUIVALENT: dict[str, str] = {
-    "taken columns come first": "among equally near columns the order decides the time that a search takes, not its value",
+    "taken columns come first": "among equally near columns the order decides how long a search takes, not its value",
 }
 
 

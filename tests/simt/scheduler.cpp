@@ -111,8 +111,8 @@ struct Block {
     Warp warps[kMaxThreads / kLanes];
     char tag[2];
     void* dynamic;
-    Static statics[8];
-    int n_statics;
+    Static kept[8];
+    int n_kept;
     uint64_t priority;
 };
 
@@ -360,7 +360,7 @@ void end_block(Block& b, bool launch_ends) {
         spare_fiber[spare_fibers++] = b.fibers[t].tsan;
 #endif
     }
-    for (int s = 0; s < b.n_statics; ++s) give_back(b.statics[s].memory);
+    for (int s = 0; s < b.n_kept; ++s) give_back(b.kept[s].memory);
     give_back(b.dynamic);
     free(b.fibers);
     b.fibers = nullptr;
@@ -555,12 +555,12 @@ void* dynamic_shared() { return current->block->dynamic; }
 
 void* static_shared(const void* type, size_t size) {
     Block& b = *current->block;
-    for (int s = 0; s < b.n_statics; ++s) {
-        if (b.statics[s].type == type) return b.statics[s].memory;
+    for (int s = 0; s < b.n_kept; ++s) {
+        if (b.kept[s].type == type) return b.kept[s].memory;
     }
-    if (b.n_statics == 8) fail("more than 8 types of static shared memory");
+    if (b.n_kept == 8) fail("more than 8 types of static shared memory");
     void* memory = garbage(size);
-    b.statics[b.n_statics++] = {type, memory};
+    b.kept[b.n_kept++] = {type, memory};
     return memory;
 }
 

@@ -22,7 +22,7 @@ SETUP    = $(PYTHON) scripts/setup_venv.py --venv $(VENV) --torch "$(TORCH)" --r
 PACKAGE := $(STAMPS)/package-$(WERROR)-$(CUDA)
 MINIMUM_COVERAGE := 90
 
-.PHONY: help build demo minilm test lint mypy bench scale gpu sanitize clean
+.PHONY: help build demo minilm test lint mypy bench scale gpu sanitize clean prove
 .DEFAULT_GOAL := help
 
 help:
@@ -32,7 +32,8 @@ help:
 	@echo "make lint      ruff, mypy, clang-format, codespell"
 	@echo "make bench     benchmarks against peers"
 	@echo "make scale     two checkpoints of Llama-3-8B's width merged within 4 GB; needs 8 GB of disk and some minutes"
-	@echo "make gpu       the tests that need a GPU; says so where there is none"
+	@echo "make prove     the GPU kernels without a GPU, with fresh inputs (SEED=n): build/prove/kernels.json"
+	@echo "make gpu       tests, sanitizers, tuning, benchmarks on a GPU, within nine minutes; says so where there is none"
 	@echo "make docs      the documentation as a site, in out/site"
 	@echo "make sanitize  the op tests with the C++ code under AddressSanitizer and UBSan"
 	@echo "make build     only .venv and the compiled package;  make clean  removes .venv, build and outputs"
@@ -83,11 +84,15 @@ bench: $(PACKAGE) $(STAMPS)/with-bench
 scale: $(PACKAGE) $(STAMPS)/with-hf $(STAMPS)/with-plot
 	$(PY) -m benchmarks.scale $(ARGS)
 
+# A draws inputs and schedules from SEED; B reads the machine code. Both end within five minutes on two cores.
+SEED ?= 0
+prove: $(PACKAGE) $(STAMPS)/with-test $(STAMPS)/with-gpu
+	$(PY) -m benchmarks.proof --seed $(SEED) $(ARGS)
+
+# Nothing is installed: the machine's own Python builds in place, since such machines often reach no package index.
 gpu:
-	@$(PYTHON) scripts/gpu_check.py
-	@$(MAKE) --no-print-directory $(PACKAGE) $(STAMPS)/with-test
-	@$(PY) scripts/gpu_check.py --torch
-	$(PY) -m pytest -m cuda $(ARGS)
+	@$(PYTHON) scripts/gpu_check.py --torch
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # ---- C++ under AddressSanitizer and UndefinedBehaviorSanitizer ----
 

@@ -75,10 +75,11 @@ def zip_units(
     labels = torch.empty(total, dtype=torch.int64)
     value = 0.0
     merges = unions.shape[1] - width // blocks
-    owner = torch.empty_like(unions)
+    owners = torch.empty_like(unions)
     model_of = (unions // d).to(torch.int32)
-    results = chosen.module.zip(similarity, unions, model_of, merges, attenuation, left, block_budget, owner)
+    results = chosen.module.zip(similarity, unions, model_of, merges, attenuation, left, block_budget, owners)
     for k, (taken, made) in enumerate(results):
+        units, owner = unions[k], owners[k]
         if made < merges:
             raise ValueError(
                 f"zip_units: no allowed pair is left after {made} of {merges} merges"
@@ -86,7 +87,7 @@ def zip_units(
                 f"of {models} x {d} units{f' with attenuation {attenuation:g}' if attenuation <= 0 else ''}"
             )
         value += taken
-        labels[unions[k]] = numbered(owner[k]) + k * (width // blocks)
+        labels[units] = numbered(owner) + k * (width // blocks)
     device = similarity.device
     return Zip(
         labels.view(models, d).to(device),

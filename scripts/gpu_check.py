@@ -23,8 +23,8 @@ def main() -> int:
 
     if not torch.cuda.is_available():
         print(
-            f"There is a GPU, but torch {torch.__version__} here cannot use it. Remove .venv and run again\n"
-            "with PYTHON=<a Python whose torch sees the GPU>, or with TORCH=<a CUDA build>. Nothing was run on a GPU."
+            f"There is a GPU, but torch {torch.__version__} here cannot use it. Run again with\n"
+            "PYTHON=<a Python whose torch sees the GPU>. Nothing was run on a GPU."
         )
         return 1
     print(f"torch {torch.__version__} uses {torch.cuda.get_device_name()}")

@@ -83,13 +83,13 @@ def test_regroup_every_axis_one_past_each_vector(dtype: torch.dtype) -> None:
 def test_regroup_stages_long_lines_and_steps_past_one_grid() -> None:
     generator = torch.Generator().manual_seed(5)
     long = torch.randn(3, 26_000, generator=generator)  # more than 48 KiB a line: asks for more shared memory
-    longer = torch.randn(2, 52_000, generator=generator)  # more than a block has: gathered from global memory
+    longer = torch.randn(2, 60_000, generator=generator)  # more than a block has: gathered from global memory
     many = torch.randn(150, 7, generator=generator)
     check(
         "plain",
         [
             cases.regroup(long, torch.randperm(26_000, generator=generator), 1, 26_000, multiprocessors=1),
-            cases.regroup(longer, torch.randperm(52_000, generator=generator), 1, 52_000, multiprocessors=1),
+            cases.regroup(longer, torch.randperm(60_000, generator=generator), 1, 60_000, multiprocessors=1),
             cases.regroup(many, torch.randperm(7, generator=generator), 1, 7, multiprocessors=1),
             cases.regroup(many.t(), torch.arange(150) // 3, 1, 50, multiprocessors=1),
         ],

@@ -19,8 +19,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksAMultiprocessor = 32;     // many waves, so that the last one weighs little
 constexpr int kStagesAMultiprocessor = 8;      // four waves of two
-constexpr int64_t kStage = 96 * 1024;          // bytes of lines staged at once: two blocks share a multiprocessor
-constexpr int64_t kLongestLine = 200 * 1024;   // longer lines are gathered from global memory
+constexpr int64_t kOfSystem = 1024;            // bytes of shared memory that each block costs beside its own
 constexpr int kMostLines = 8;                  // staged at once: each index read serves as many
 constexpr int64_t kNarrow = int64_t{1} << 31;  // below, indices are divided in 32 bits
 
@@ -246,7 +245,7 @@ std::string run_vectors(Params p, int multiprocessors, void* stream) {
 }
 
 template <typename Policy, int Lanes>
-std::string run_lines(Params p, int multiprocessors, void* stream) {
+std::string run_lines(Params p, const OnDevice& on, void* stream) {
     using E = typename Policy::Element;
     p.n -= 1;  // the unit axis, the last, is the line
     p.unit_at = -1;
@@ -254,8 +253,10 @@ std::string run_lines(Params p, int multiprocessors, void* stream) {
     constexpr int64_t kWhole = 16 / static_cast<int64_t>(sizeof(E));
     const int64_t pitch = ceil_of(p.length, kWhole) * kWhole, bytes = pitch * static_cast<int64_t>(sizeof(E));
     p.pitch = static_cast<int>(pitch);
-    p.lines = static_cast<int>(max_of(1, min_of(kMostLines, kStage / max_of(bytes, 1))));
-    const int64_t most = static_cast<int64_t>(multiprocessors) * kStagesAMultiprocessor;
+    // Two blocks share a multiprocessor, so that one loads while the other stores; a long line takes it alone.
+    const int64_t stage = (on.shared_bytes() + kOfSystem) / 2 - kOfSystem, multiprocessors = on.multiprocessors();
+    p.lines = static_cast<int>(max_of(1, min_of(kMostLines, stage / max_of(bytes, 1))));
+    const int64_t most = multiprocessors * kStagesAMultiprocessor;
     // A few lines must not leave most multiprocessors without work.
     while (p.lines > 1 && ceil_of(p.total, p.lines) < 2 * multiprocessors) p.lines /= 2;
     Shape shape{min_of(ceil_of(p.total, p.lines), most), kThreads};
@@ -264,20 +265,21 @@ std::string run_lines(Params p, int multiprocessors, void* stream) {
 }
 
 template <typename Policy>
-std::string run(const RegroupArgs& a, int64_t length, bool single, int multiprocessors, void* stream) {
+std::string run(const RegroupArgs& a, int64_t length, bool single, const OnDevice& on, void* stream) {
     constexpr int kMost = 16 / static_cast<int>(sizeof(typename Policy::Element));
     Params p = layout(a, single);
     p.length = length;
     const Axis& inner = p.axes[p.n - 1];
-    if (inner.in != 1 || inner.out != 1) return run_vectors<Policy, 1>(p, multiprocessors, stream);
+    if (inner.in != 1 || inner.out != 1) return run_vectors<Policy, 1>(p, on.multiprocessors(), stream);
     if (p.unit_at == p.n - 1) {
-        if (length * a.element_bytes > kLongestLine) return run_vectors<Policy, 1>(p, multiprocessors, stream);
-        if (kMost > 1 && aligned(a, p, kMost)) return run_lines<Policy, kMost>(p, multiprocessors, stream);
-        return run_lines<Policy, 1>(p, multiprocessors, stream);
+        if ((length + kMost) * a.element_bytes > on.shared_bytes())
+            return run_vectors<Policy, 1>(p, on.multiprocessors(), stream);
+        if (kMost > 1 && aligned(a, p, kMost)) return run_lines<Policy, kMost>(p, on, stream);
+        return run_lines<Policy, 1>(p, on, stream);
     }
     if (kMost > 1 && inner.shape % kMost == 0 && aligned(a, p, kMost))
-        return run_vectors<Policy, kMost>(p, multiprocessors, stream);
-    return run_vectors<Policy, 1>(p, multiprocessors, stream);
+        return run_vectors<Policy, kMost>(p, on.multiprocessors(), stream);
+    return run_vectors<Policy, 1>(p, on.multiprocessors(), stream);
 }
 
 }  // namespace
@@ -290,22 +292,21 @@ std::string regroup(const RegroupArgs& a, int64_t length, bool single, int devic
     }
     const OnDevice on(device);
     if (!on.error().empty()) return "regroup: " + on.error();
-    const int sms = on.multiprocessors();
     if (!single || a.scale != nullptr) {
         switch (a.dtype) {
-            case Dtype::f64: return run<Add<double, double>>(a, length, single, sms, stream);
-            case Dtype::f32: return run<Add<float, float>>(a, length, single, sms, stream);
-            case Dtype::f16: return run<Add<__half, float>>(a, length, single, sms, stream);
-            case Dtype::bf16: return run<Add<__nv_bfloat16, float>>(a, length, single, sms, stream);
+            case Dtype::f64: return run<Add<double, double>>(a, length, single, on, stream);
+            case Dtype::f32: return run<Add<float, float>>(a, length, single, on, stream);
+            case Dtype::f16: return run<Add<__half, float>>(a, length, single, on, stream);
+            case Dtype::bf16: return run<Add<__nv_bfloat16, float>>(a, length, single, on, stream);
             default: break;
         }
     }
     switch (a.element_bytes) {
-        case 1: return run<Move<uint8_t>>(a, length, single, sms, stream);
-        case 2: return run<Move<uint16_t>>(a, length, single, sms, stream);
-        case 4: return run<Move<uint32_t>>(a, length, single, sms, stream);
-        case 8: return run<Move<uint64_t>>(a, length, single, sms, stream);
-        case 16: return run<Move<Sixteen>>(a, length, single, sms, stream);
+        case 1: return run<Move<uint8_t>>(a, length, single, on, stream);
+        case 2: return run<Move<uint16_t>>(a, length, single, on, stream);
+        case 4: return run<Move<uint32_t>>(a, length, single, on, stream);
+        case 8: return run<Move<uint64_t>>(a, length, single, on, stream);
+        case 16: return run<Move<Sixteen>>(a, length, single, on, stream);
         default: return "regroup: unsupported element size";
     }
 }

@@ -29,6 +29,8 @@ class OnDevice {
         if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
         changed_ = error_ == cudaSuccess;
         if (changed_) error_ = cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device);
+        if (error_ == cudaSuccess)
+            error_ = cudaDeviceGetAttribute(&shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     OnDevice(const OnDevice&) = delete;
     OnDevice& operator=(const OnDevice&) = delete;
@@ -37,10 +39,11 @@ class OnDevice {
     }
     std::string error() const { return describe(error_, "device"); }
     int multiprocessors() const { return multiprocessors_; }
+    int64_t shared_bytes() const { return shared_bytes_; }  // that one block may have
 
   private:
     cudaError_t error_;
-    int before_ = 0, multiprocessors_ = 0;
+    int before_ = 0, multiprocessors_ = 0, shared_bytes_ = 0;
     bool changed_ = false;
 };
 

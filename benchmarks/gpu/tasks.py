@@ -381,9 +381,9 @@ def bench_align() -> None:
 def tune() -> None:
     """The fastest of the listed Triton configurations for each use; the driver collects them under "tuned"."""
     import torch
-    from mudsc_fast.backends.triton import configs
 
     import mudsc_fast as mf
+    from mudsc_fast.backends.triton import configs
 
     chip = configs.chip_of(torch.cuda.get_device_capability())
     x = torch.randn(16384, 8192, device="cuda", dtype=torch.bfloat16)

@@ -211,8 +211,8 @@ class Zipper {
         int turn = 0;
         for (int ti = 0; ti < tiles; ++ti) {
             for (int tj = ti; tj < tiles; ++tj) {
-                if (turn++ % team != block) continue;
-                load_tile(ti * kTile, tj * kTile, &largest, &difference, &bad);
+                if (turn == block) load_tile(ti * kTile, tj * kTile, &largest, &difference, &bad);
+                turn = turn + 1 == team ? 0 : turn + 1;
             }
         }
         for (int by = 16; by > 0; by /= 2) {

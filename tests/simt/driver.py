@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import resource
 import shutil
 import struct
 import subprocess
@@ -93,8 +94,11 @@ class Run:
         return self.code == 0
 
 
-def run(binary: Path, cases: Sequence[Case], timeout: float = 300) -> Run:
-    """Runs the cases in one process; fills their arrays and errors when it ends well."""
+def run(binary: Path, cases: Sequence[Case], timeout: float = 300, cpu_seconds: int = 0) -> Run:
+    """Runs the cases in one process; fills their arrays and errors when it ends well.
+
+    cpu_seconds: processor time after which it is ended, for kernels that may not end; 0: no limit.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder) / "cases", Path(folder) / "results"
         source.write_bytes(struct.pack("<q", len(cases)) + b"".join(case.packed() for case in cases))
@@ -108,7 +112,16 @@ def run(binary: Path, cases: Sequence[Case], timeout: float = 300) -> Run:
             "TSAN_OPTIONS": f"halt_on_error=1:exitcode={FOUND_RACE}:report_signal_unsafe=0",
         }
         try:
-            done = subprocess.run(command, capture_output=True, env=environment, timeout=timeout, check=False)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                env=environment,
+                timeout=timeout,
+                check=False,
+                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds)))
+                if cpu_seconds
+                else None,
+            )
         except subprocess.TimeoutExpired:
             return Run(124, f"no end after {timeout:g} s")
         text = (done.stdout + done.stderr).decode(errors="replace")

@@ -191,8 +191,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts)
+        if self.fused:
+            q, k, v = self.qkv(x).chunk(3, -1)  # taken apart in one statement, which torch.fx can follow
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (q, k, v))
         y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -259,7 +262,7 @@ class ViT(nn.Module):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
         skip = 0
         if self.cls_token is not None:
-            x, skip = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1), 1
+            x, skip = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1), 1
         x = self.norm(self.blocks(x + self.pos_embed))
         return self.head(self.fc_norm(x[:, 0] if self.pool == "token" else x[:, skip:].mean(1)))
 

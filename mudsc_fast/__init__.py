@@ -23,6 +23,14 @@ _EXPORTS = {
     "merging": ("merge_models",),
     "experts": ("Experts",),
     "expert_merging": ("ExpertMatch", "align_experts", "merge_experts"),
+    "best": ("Best", "merge_best"),
+    "searching": ("BalanceSearch", "search_balance"),
+    "agreeing": ("agreement",),
+    "installing": ("installed",),
+    "moments": ("Moments",),
+    "selection": ("Selection", "select_units"),
+    "partial": ("merge_partially", "shared_spec"),
+    "repairs": ("calibrate_readers", "decode", "refit", "repair"),
     "build": ("build_config",),
 }
 _WHERE = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -104,8 +104,8 @@ def merged_widths(spec: PermutationSpec, method: str, width: Width | None, model
     result = {space.name: space.width for space in spec.spaces}
     if width is None:
         return result
-    if method != "zip":
-        raise ValueError(f"width: only a zip changes widths, got {width!r} with method {method!r}")
+    if method == "align":
+        raise ValueError(f"width: only zip and select change widths, got {width!r} with method {method!r}")
     if isinstance(width, Mapping):
         for name, each in width.items():
             if name not in spec:

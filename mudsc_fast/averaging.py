@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast.axes import AxisMap, axis_labels
+from mudsc_fast.leading import led
 from mudsc_fast.regrouping import regroup
 from mudsc_fast.weights import Weights, is_finite
 
@@ -62,6 +63,7 @@ def merge_pieces(
     shares: Sequence[float],
     limit: int | None = None,
     only: Container[str] | None = None,
+    leaders: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Piece]:
     """The same in pieces: tensors of more than `limit` bytes some rows at a time, where the spec allows it."""
     weights = Weights(state_dicts, spec, whole=True)
@@ -72,6 +74,7 @@ def merge_pieces(
         for m in range(1, weights.models):
             weights.info(m, name)
         maps = axis_labels(spec, name, shape, labels, widths) if name in weights.in_spec else []
+        maps = led(spec, name, shape, maps, leaders) if leaders else maps
         scale = _out_scale(maps, shares, len(shape))
         for start, rows, here in _slabs(maps, shape, dtype, limit):
             read = _Reader(weights, name, rows)
@@ -237,7 +240,8 @@ def _regrouped(x: Tensor, axis: _Map, labels: Tensor) -> Tensor:
         return x
     labels = labels.to(x.device)
     if len(axis.dims) == 1:
-        return regroup(x, labels, axis.dims[0], axis.size)
+        nowhere = int(bool((labels == axis.size).any()))
+        return regroup(x, labels, axis.dims[0], axis.size + nowhere).narrow(axis.dims[0], 0, axis.size)
     first, count = axis.dims[0], len(axis.dims)
     places = tuple(range(first, first + count))
     flat = x.movedim(axis.dims, places).flatten(first, first + count - 1)
@@ -310,7 +314,8 @@ def _out_scale(maps: Sequence[AxisMap], shares: Sequence[float], ndim: int) -> T
             shape = [1] * ndim
             for dim, size in zip(axis.dims, axis.sizes, strict=True):
                 shape[dim] = size
-            count = count * torch.bincount(axis.labels[m], minlength=axis.size).to(torch.float64).reshape(shape)
+            found = torch.bincount(axis.labels[m], minlength=axis.size)[: axis.size]
+            count = count * found.to(torch.float64).reshape(shape)
         # `total` is summed like `members`: one member in every model gives a scale of exactly 1.
         members = members + share * count
         total = total + share

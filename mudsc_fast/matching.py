@@ -64,9 +64,12 @@ def match(
         stay lazy. With balance 0 they are not looked at and may be None.
     spec: the spaces of the architecture.
     activations: what `calibrate` gave, {space: Covariance}; None: weights alone. A zip needs scope "full".
-    method: "align" (one-to-one) or "zip" (units also merge inside a model; `within="fixed"` spaces are aligned).
+    method: "align" (one-to-one), "zip" (units also merge inside a model; `within="fixed"` spaces are aligned), or
+        "select" (by activations alone: of all models' units those that best reconstruct what is read of the others;
+        made for `decode` or `refit` afterwards; balance, attenuation and budget do not apply).
     balance: share of the weights in the similarity, 0 (activations alone, one visit a space) to 1.
-    width: zip only: merged units of a space, an int, a float share of its width, or {space: either}; None: its width.
+    width: zip and select: merged units of a space, an int, a float share of its width, or {space: either}; None: its
+    width.
         A share is rounded to whole units in every block.
     attenuation: zip only: factor on the similarities of a merged unit. budget: zip only: share, 0..1, of the merges
         that may happen inside one model.
@@ -105,12 +108,16 @@ def match(
     wanted(progress)
     if not spec.spaces:
         raise ValueError("spec: expected at least one space, got none")
-    weights = Weights(two_or_more(state_dicts), spec) if balance > 0 else None
+    if method == "select" and not activations:
+        raise ValueError("activations: method 'select' chooses units by their activations, but none were given")
+    selecting = method == "select" and state_dicts is not None
+    weights = Weights(two_or_more(state_dicts), spec) if balance > 0 or selecting else None
+    balance = 0.0 if method == "select" else balance
     if weights is None and not activations:
         raise ValueError("activations: balance 0 compares activations alone, but none were given")
     models = weights.models if weights is not None else len(state_dicts) if state_dicts else None
     if activations:
-        models = check_activations(activations, spec, models, full=method == "zip")
+        models = check_activations(activations, spec, models, full=method != "align")
     if models is None:
         raise ValueError("state_dicts: expected two or more, got none")
     if start is not None:
@@ -145,7 +152,8 @@ def match(
     for space in spec.spaces:
         if space.name not in labels:
             labels[space.name] = matcher.unmatched(space, descent.current)
-    return MergePlan(spec, labels, method, values, history, descent.by_sweep)
+    leaders = {name: found.leaders for name, found in descent.current.items() if found.leaders is not None}
+    return MergePlan(spec, labels, method, values, history, descent.by_sweep, leaders)
 
 
 class _Descent:

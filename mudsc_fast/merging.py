@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from mudsc_fast.batches import check_batches
 from mudsc_fast.batchnorm import reset_batchnorm, tracked_batchnorms
 from mudsc_fast.calibration import calibrate
+from mudsc_fast.installing import installed
 from mudsc_fast.matching import match
 from mudsc_fast.plan import METHODS
 from mudsc_fast.progress import Progress
@@ -39,8 +39,10 @@ def merge_models(
     models: two or more modules of one architecture.
     batches: calibration inputs as for `calibrate`; None: units are compared by their weights alone.
     spec: None: the one `spec_for` finds for the first model, by its first batch where it has to be traced.
-    method: "zip" or "align". heads: known class vectors (classes, features), one a model; not used by these
-        methods.
+    method: "zip", "align" or "select", or "best": matched in several ways, decoded and refitted, the net chosen that
+        agrees best with its parents (see `merge_best`, which takes further options). "best" needs batches and holds
+        them.
+    heads: for "best": known class vectors (classes, features), one a model, that read the models' outputs.
     weights: share of every model in the averages. balance and further options: as for `match`.
     reset_bn: False leaves batch-norm statistics averaged. Without batches that is all that can be done, and a warning
         says so: a network whose statistics are only averaged is usually at chance.
@@ -49,14 +51,16 @@ def merge_models(
     Returns the merged state dict, with model 0's names, dtypes and devices. Raises ValueError or TypeError as the
     single steps do.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method not in (*METHODS, "best"):
+        raise ValueError(f"method: expected one of {', '.join((*METHODS, 'best'))}, got {method!r}")
     models = list(models)
     if len(models) < 2:
         raise ValueError(f"models: expected two or more, got {len(models)}")
     for m, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    if method == "best":
+        return _best(models, batches, spec, heads, weights, device, progress, options)
     reset = reset_bn and bool(tracked_batchnorms(models[0]))
     if batches is None:
         if reset:
@@ -77,13 +81,12 @@ def merge_models(
     state_dicts = [model.state_dict() for model in models]
     activations = None
     if batches is not None and balance < 1:
-        scope = "full" if method == "zip" else "cross"
+        scope = "cross" if method == "align" else "full"
         activations = calibrate(models, batches, spec, scope, device=device, progress=progress)
     plan = match(state_dicts, spec, activations, method, balance=balance, progress=progress, device=device, **options)
     merged = plan.merge(state_dicts, weights)
     if reset and batches is not None:
-        network = copy.deepcopy(models[0])
-        _install(network, merged)
+        network = installed(models[0], merged)
         reset_batchnorm(network, batches, device=device, progress=progress)
         merged = {name: tensor.to(merged[name].device) for name, tensor in network.state_dict().items()}
     return merged
@@ -97,8 +100,26 @@ def _first_inputs(batches: Iterable[Any]) -> Any:
     return dict(first) if isinstance(first, Mapping) else first
 
 
-def _install(network: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Give a network tensors that may have other widths than its own, which `load_state_dict` would refuse."""
-    own = network.state_dict(keep_vars=True)
-    for name, tensor in state_dict.items():
-        own[name].data = tensor
+def _best(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any] | None,
+    spec: PermutationSpec | None,
+    heads: Sequence[Tensor] | None,
+    weights: Sequence[float] | None,
+    device: torch.device | str | None,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    from mudsc_fast.best import merge_best
+
+    if batches is None:
+        raise ValueError("batches: method 'best' refits on calibration inputs, but none were given")
+    if weights is not None:
+        raise ValueError("weights: method 'best' solves for the mean of the models; leave weights out")
+    if isinstance(check_batches(batches), Iterator):
+        batches = list(batches)
+    if spec is None:
+        from mudsc_fast.specs import spec_for
+
+        spec = spec_for(models[0], inputs=_first_inputs(batches))
+    return merge_best(models, batches, spec, heads, device=device, progress=progress, **options).state_dict

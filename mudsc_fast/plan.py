@@ -15,7 +15,7 @@ from mudsc_fast.spec import PermutationSpec
 if TYPE_CHECKING:
     from mudsc_fast.spec import Space
 
-METHODS = ("align", "zip")
+METHODS = ("align", "zip", "select")
 _KIND = "merge plan"
 
 
@@ -24,9 +24,11 @@ class MergePlan:
 
     spec: a PermutationSpec.
     labels: {space: (models, width)} int64, every merged unit 0..max with at least one member; blocks stay together.
-    method: "align" (every row a permutation, model 0's the identity) or "zip".
+    method: "align" (every row a permutation, model 0's the identity), "zip" or "select".
     values: {space: match value}, where known. history: the mean value L of every sweep run; sweeps: {space: its value
         after each}, where known.
+    leaders: {space: (merged width,) int64}, the unit m * width + i that a merged unit is produced by, where that is not
+        the mean of its members; "select" makes such plans.
 
     Raises ValueError or TypeError, naming the space, for labels that are none of that.
     """
@@ -39,6 +41,7 @@ class MergePlan:
         values: Mapping[str, float] | None = None,
         history: Sequence[float] = (),
         sweeps: Mapping[str, Sequence[float]] | None = None,
+        leaders: Mapping[str, Tensor] | None = None,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -55,6 +58,7 @@ class MergePlan:
         if len(set(counts.values())) > 1:
             raise ValueError(f"labels: expected one number of models in all spaces, got {counts}")
         self._models = next(iter(counts.values()), 0)
+        self.leaders = {name: _checked_leaders(spec[name], self.labels[name], x) for name, x in (leaders or {}).items()}
         for tie, names in spec.ties.items():
             moved = {name: _blocks(self.labels[name], spec[name].blocks)[:, :, 0] for name in names}
             for name in names[1:]:
@@ -115,7 +119,7 @@ class MergePlan:
         if len(state_dicts) != self.models:
             raise ValueError(f"state_dicts: expected {self.models}, one a model of the plan, got {len(state_dicts)}")
         shares = check_weights(weights, self.models)
-        return merge_pieces(self.spec, self.labels, self.widths, state_dicts, shares, limit, only)
+        return merge_pieces(self.spec, self.labels, self.widths, state_dicts, shares, limit, only, self.leaders)
 
     def align(self, state_dict: Mapping[str, Tensor], model: int = 1) -> dict[str, Tensor]:
         """This model's own function, expressed in model 0's unit order; bit-exact moves, any dtype.
@@ -150,6 +154,8 @@ class MergePlan:
     def save(self, path: PathLike) -> None:
         """Write the plan and its spec to one safetensors file, atomically."""
         names = list(self.labels)
+        tensors = {str(k): self.labels[name] for k, name in enumerate(names)}
+        tensors |= {f"leaders.{k}": self.leaders[name] for k, name in enumerate(names) if name in self.leaders}
         meta = {
             "method": self.method,
             "spaces": names,
@@ -158,7 +164,7 @@ class MergePlan:
             "sweeps": self.sweeps,
             "spec": self.spec.to_json(),
         }
-        write_record(path, _KIND, {str(k): self.labels[name] for k, name in enumerate(names)}, meta)
+        write_record(path, _KIND, tensors, meta)
 
     @classmethod
     def load(cls, path: PathLike) -> MergePlan:
@@ -167,7 +173,11 @@ class MergePlan:
         try:
             spec = PermutationSpec.from_json(header["spec"])
             labels = {name: tensors[str(k)] for k, name in enumerate(header["spaces"])}
-            return cls(spec, labels, header["method"], header["values"], header["history"], header.get("sweeps"))
+            leaders = {
+                name: tensors[f"leaders.{k}"] for k, name in enumerate(header["spaces"]) if f"leaders.{k}" in tensors
+            }
+            method, values, history = header["method"], header["values"], header["history"]
+            return cls(spec, labels, method, values, history, header.get("sweeps"), leaders)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: damaged plan: {error}") from error
 
@@ -176,6 +186,19 @@ def _blocks(labels: Tensor, blocks: int) -> Tensor:
     """(models, blocks, units a block): the merged block of every unit."""
     size = (int(labels.max()) + 1) // blocks
     return (labels // size).reshape(labels.shape[0], blocks, -1)
+
+
+def _checked_leaders(space: Space, labels: Tensor, leaders: Tensor) -> Tensor:
+    what = f"leaders of space {space.name!r}"
+    width = int(labels.max()) + 1
+    if not isinstance(leaders, Tensor) or leaders.dtype != torch.int64 or leaders.shape != (width,):
+        raise ValueError(f"{what}: expected int64 of shape ({width},), one a merged unit")
+    leaders = leaders.detach().cpu().contiguous()
+    if int(leaders.min()) < 0 or int(leaders.max()) >= labels.numel():
+        raise ValueError(f"{what}: expected units 0..{labels.numel() - 1}")
+    if not torch.equal(labels.reshape(-1)[leaders], torch.arange(width)):
+        raise ValueError(f"{what}: expected each to be a member of its merged unit")
+    return leaders
 
 
 def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:

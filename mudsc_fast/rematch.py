@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mudsc_fast.assignment import assign, assign_blocks
-from mudsc_fast.axes import columns, split_blocks
+from mudsc_fast.axes import columns, rows, split_blocks
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import World
+from mudsc_fast.moments import joint_covariance
+from mudsc_fast.selection import select_units
 from mudsc_fast.similarity import Term, dual_similarity
 from mudsc_fast.streaming import UnitTiles, streamed_similarity
 from mudsc_fast.tiled_zip import PAIR_BYTES, zip_tiled
@@ -29,10 +31,11 @@ _PIECE = 2**28  # bytes of rows read at once, where no plan of work says another
 
 @dataclass(frozen=True)
 class Match:
-    """The match of one space: labels (models, width) int64 on the CPU, and its value."""
+    """The match of one space: labels (models, width) int64 on the CPU, its value, leaders where units are selected."""
 
     labels: Tensor
     value: float
+    leaders: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -154,6 +157,8 @@ class Matcher:
 
     def _zipped(self, space: Space, similarity: Tensor, pairing: Tensor | None) -> Match:
         width = self.widths[space.name]
+        if self.method == "select":
+            return self._selected(space, width, pairing)
         try:
             found = zip_units(
                 similarity, self.models, width, self.attenuation, self.budget, space.blocks, block_indices=pairing
@@ -172,6 +177,25 @@ class Matcher:
         except ValueError as error:
             raise ValueError(f"space {space.name!r} (width {width}, budget {self.budget}): {error}") from error
         return Match(found.labels, float(found.value))
+
+    def _selected(self, space: Space, width: int, pairing: Tensor | None) -> Match:
+        _, covariance = joint_covariance(self.activations[space.name])
+        found = select_units(covariance, self.models, width, self._reads(space), space.blocks, pairing)
+        return Match(found.labels, float(found.value), found.leaders)
+
+    def _reads(self, space: Space) -> Tensor | None:
+        """(models * width,): the norm of all the weights that consume each unit."""
+        if self.weights is None:
+            return None
+        total = torch.zeros(self.models, space.width, dtype=torch.float64)
+        for axis in space.axes:
+            if axis.role == "in":
+                for m in range(self.models):
+                    view, dims = rows(self.weights.finite(m, axis.tensor), axis)
+                    others = [d for d in range(view.dim()) if d not in dims]
+                    squares = view.movedim(dims, tuple(range(len(dims)))).double().square()
+                    total[m] += squares.reshape(space.width, -1).sum(1).cpu() if others else squares.reshape(-1).cpu()
+        return total.sqrt().reshape(-1) if bool(total.any()) else None
 
     def _in_blocks(self, tie: Sequence[Space], similarities: Sequence[Tensor]) -> list[Match]:
         cross = [

@@ -67,7 +67,7 @@ def zip_units(
     width = d if width is None else width
     check_zip_options(d, models, width, attenuation, budget, blocks)
     to_remove = total - width
-    unions = _unions(similarity, d, models, blocks, block_indices)
+    unions = unions_of(similarity, d, models, blocks, block_indices)
     left = torch.full((models,), int((to_remove // models) * budget + 1e-4), dtype=torch.int64)
     block_budget = to_remove if blocks == 1 else to_remove // (models * blocks)
 
@@ -125,7 +125,7 @@ def check_zip_options(d: int, models: int, width: int, attenuation: float, budge
         raise ValueError(f"width: expected a multiple of the {blocks} blocks, got {width}")
 
 
-def _unions(similarity: Tensor, d: int, models: int, blocks: int, block_indices: Tensor | None) -> Tensor:
+def unions_of(similarity: Tensor, d: int, models: int, blocks: int, block_indices: Tensor | None) -> Tensor:
     """The units that may merge with each other, (blocks, n): a block of model 0, and its partners of the others."""
     if block_indices is None:
         if blocks == 1:

@@ -22,10 +22,11 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.is_relative_to(ROO
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_core", "build"),
     ("backends",),
-    ("regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library"),
+    ("regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments", "selection"),
     ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),
     (
+        "agreeing", "best", "installing", "leading", "partial", "repairs", "searching",
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
         "expert_merging", "experts", "hooks", "journal", "matching", "merging", "plan", "progress", "records",
         "rematch", "stats_files", "streaming", "weights", "workplan",

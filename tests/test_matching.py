@@ -412,7 +412,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "progress": ({"progress": "maybe"}, ValueError, "progress: expected"),
     "no spaces": ({"spec": mf.PermutationSpec(())}, ValueError, "spec: expected at least one space"),
     "unknown tensors in the spec": ({"spec": specs.mlp((10, 9), ["a", "b", "c"])}, ValueError, "no tensor 'a.bias'"),
-    "width of an alignment": ({"width": 5}, ValueError, "width: only a zip changes widths"),
+    "width of an alignment": ({"width": 5}, ValueError, "width: only zip and select change widths"),
     "width 0": ({"method": "zip", "width": 0}, ValueError, r"width: expected 1..20 for space 'fc1', got 0"),
     "width too large": ({"method": "zip", "width": 19}, ValueError, r"width: expected 1..18 for space 'fc2', got 19"),
     "width share": ({"method": "zip", "width": 2.5}, ValueError, r"width: expected a share in 0..2 for space 'fc1'"),

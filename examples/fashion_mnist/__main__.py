@@ -1,0 +1,13 @@
+"""PYTHONPATH=examples python -m fashion_mnist train | evaluate | table"""
+
+from __future__ import annotations
+
+import click
+
+from fashion_mnist.evaluate import main as evaluate
+from fashion_mnist.train import main as train
+
+main = click.Group("fashion_mnist", commands={"train": train, "evaluate": evaluate})
+
+if __name__ == "__main__":
+    main()

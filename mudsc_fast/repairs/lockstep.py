@@ -1,0 +1,156 @@
+"""The parents and the merged net, layer by layer at the same time, over all calibration batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mudsc_fast.batches import evaluation, home
+from mudsc_fast.progress import Progress, bar
+from mudsc_fast.repairs.units import Rows, rows_of
+from mudsc_fast.repairs.walking import Call, Walk
+
+if TYPE_CHECKING:
+    from mudsc_fast.plan import MergePlan
+
+
+@dataclass
+class Layer:
+    """One layer at which all passes stand.
+
+    calls: the merged net's Call of every batch. parents: for every batch, the parents' Calls. rows: how their outputs
+    correspond. merged: the merged net. last: the output is the model's own. token, alone: the position of the sequence
+    that the model goes on with, if any, and whether nothing else counts from here on.
+    """
+
+    merged: nn.Module
+    calls: list[Call]
+    parents: list[list[Call]]
+    rows: Rows
+    token: int | None
+    alone: bool
+
+    @property
+    def weight(self) -> str:
+        return self.calls[0].weight
+
+    @property
+    def last(self) -> bool:
+        return self.rows.free
+
+    def targets(self) -> Iterator[tuple[Call, Tensor]]:
+        """For every batch the merged net's Call and what its output should be, by the parents.
+
+        Where the output is about to be added to something, what it is to be added to is counted as it is, with the
+        errors it has by now.
+        """
+        dim = self.calls[0].dim
+        for call, parents in zip(self.calls, self.parents, strict=True):
+            if call.skip is None:
+                yield call, self.rows.expected([p.y for p in parents], dim)
+            else:
+                sums = [p.y if p.skip is None else p.y + p.skip for p in parents]
+                yield call, self.rows.expected(sums, dim) - call.skip
+
+
+def walk_layers(
+    merged: nn.Module,
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    plan: MergePlan,
+    work: Callable[[Layer], None],
+    what: str = "repairing",
+    progress: Progress = False,
+) -> int:
+    """Run the parents and the merged net over all batches at once and call `work` at every layer, in order.
+
+    `work` may change the layer's parameters in `merged` and must then change the outputs `call.y` in place. Layers that
+    are called more than once, or share their weight with another part of the model, are passed over.
+    Returns the number of layers worked on.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches: expected at least one batch, got none")
+    networks = [merged, *models]
+    done = 0
+    with evaluation(networks):
+        once, token, attention = _survey(models[0], batches[0])
+        named = [(_layers(net, once), _norms(net)) for net in networks]
+        shapes = {name: tuple(p.shape) for name, p in models[0].named_parameters()}
+        rows = {weight: rows_of(plan, weight, shapes[weight]) for weight in once}
+        with _walking(networks, batches, named) as walks, bar(what, len(once), progress) as steps:
+            while True:
+                events = [[walk.step() for walk in batch] for batch in walks]
+                names = {None if call is None else call.weight for batch in events for call in batch}
+                if len(names) > 1:
+                    raise ValueError(f"models: they run different layers at the same place: {sorted(map(str, names))}")
+                if None in names:
+                    return done
+                calls = [[call for call in batch if call is not None] for batch in events]
+                found = rows[calls[0][0].weight]
+                if found is not None:
+                    alone = token is not None and attention > 0 and calls[0][0].attended >= attention
+                    layer = Layer(merged, [c[0] for c in calls], [c[1:] for c in calls], found, token, alone)
+                    work(layer)
+                    done += 1
+                steps.advance()
+
+
+@contextmanager
+def _walking(
+    networks: Sequence[nn.Module], batches: Sequence[Any], named: Sequence[tuple[dict[int, str], dict[int, str]]]
+) -> Iterator[list[list[Walk]]]:
+    walks: list[list[Walk]] = []
+    try:
+        for batch in batches:
+            walks.append([])
+            for net, (layers, norms) in zip(networks, named, strict=True):
+                walks[-1].append(Walk(net, batch, home(net), layers, norms))
+        yield walks
+    finally:
+        for row in walks:
+            for walk in row:
+                walk.close()
+
+
+def _survey(model: nn.Module, batch: Any) -> tuple[list[str], int | None, int]:
+    """The weights of layers that are called exactly once and owned by one module; the token read; attention calls."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    layers = {id(p): name for name, p in model.named_parameters() if owners[id(p)] == 1}
+    walk = Walk(model, _first_sample(batch), home(model), layers, {})
+    seen: Counter[str] = Counter()
+    try:
+        while (call := walk.step()) is not None:
+            seen[call.weight] += 1
+        return [name for name, count in seen.items() if count == 1], walk.token, walk.attention
+    finally:
+        walk.close()
+
+
+def _first_sample(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:1]
+    if isinstance(batch, list | tuple):
+        return type(batch)([_first_sample(batch[0])])
+    return batch
+
+
+def _layers(model: nn.Module, once: Sequence[str]) -> dict[int, str]:
+    parameters = dict(model.named_parameters())
+    biases = {name.removesuffix("weight") + "bias" for name in once}
+    return {id(p): name for name, p in parameters.items() if name in once or name in biases}
+
+
+def _norms(model: nn.Module) -> dict[int, str]:
+    """{identity of the running mean: the batch norm's module name}, of those that can carry a repair."""
+    return {
+        id(norm.running_mean): name
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.weight is not None
+    }

@@ -1,0 +1,102 @@
+"""Units chosen instead of averaged: those from which all others are reconstructed best."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.zipping import unions_of
+
+
+class Selection(NamedTuple):
+    """leaders: (width,) int64, the unit m * d + i that each merged unit is. labels: (models, d) int64, every other unit
+    with the leader it correlates with most. value: 0-dim float64, the share of the variance that the leaders
+    explain."""
+
+    leaders: Tensor
+    labels: Tensor
+    value: Tensor
+
+
+def select_units(
+    covariance: Tensor,
+    models: int = 2,
+    width: int | None = None,
+    reads: Tensor | None = None,
+    blocks: int = 1,
+    block_indices: Tensor | None = None,
+) -> Selection:
+    """Choose the units of all models that best reconstruct, linearly, what is read of all of them.
+
+    Greedy: the unit taken next is the one with the largest part that those taken before do not explain (a pivoted
+    Cholesky factorisation). O(width * units) a unit taken.
+
+    Args:
+        covariance: (models * d, models * d), symmetric, floating; row m * d + i is unit i of model m.
+        models: number of models. width: units to keep; None keeps d.
+        reads: (models * d,), how strongly each unit is read, the norm of the weights that consume it; None: all alike.
+        blocks, block_indices: as for `zip_units`: the units of one union of blocks are chosen among themselves.
+
+    Returns:
+        A Selection. Merged units are numbered by their leader, with blocks in the order of model 0's blocks.
+
+    Raises:
+        TypeError, ValueError: as `zip_units`.
+
+    Source: docs/quality.md.
+    """
+    if not isinstance(covariance, Tensor) or not covariance.is_floating_point():
+        raise TypeError(f"covariance: expected a floating tensor, got {getattr(covariance, 'dtype', type(covariance))}")
+    if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1] or not covariance.shape[0]:
+        raise ValueError(f"covariance: expected a square matrix, got shape {tuple(covariance.shape)}")
+    if models < 1 or covariance.shape[0] % models:
+        raise ValueError(f"models: expected a divisor of the {covariance.shape[0]} units, got {models!r}")
+    if not bool(torch.isfinite(covariance).all()):
+        raise ValueError("covariance: NaN or inf in it")
+    units = covariance.shape[0]
+    d = units // models
+    width = d if width is None else width
+    if not 1 <= width <= units or d % blocks or width % blocks:
+        raise ValueError(f"width: expected 1..{units} units in {blocks} blocks, got {width!r}")
+    matrix = covariance.detach().double().cpu()
+    deviation = matrix.diagonal().clamp(min=0).sqrt()
+    if reads is not None:
+        if reads.shape != (units,):
+            raise ValueError(f"reads: expected shape ({units},), got {tuple(reads.shape)}")
+        strength = reads.detach().double().cpu()
+        weighted = matrix * torch.outer(strength, strength)
+    else:
+        weighted = matrix
+    alike = matrix / torch.outer(deviation, deviation).clamp(min=1e-300)
+    leaders = torch.empty(width, dtype=torch.int64)
+    labels = torch.empty(units, dtype=torch.int64)
+    left, each = 0.0, width // blocks
+    for k, own in enumerate(unions_of(alike, d, models, blocks, block_indices)):
+        chosen, rest = _pivots(weighted[own][:, own], each)
+        left += rest
+        mine = own[chosen]
+        leaders[k * each : (k + 1) * each] = mine
+        nearest = alike[own][:, mine].argmax(1)
+        nearest[chosen] = torch.arange(each)
+        labels[own] = nearest + k * each
+    total = float(weighted.diagonal().sum())
+    value = torch.tensor(1 - left / total if total > 0 else 1.0, dtype=torch.float64)
+    return Selection(leaders, labels.reshape(models, d), value)
+
+
+def _pivots(matrix: Tensor, count: int) -> tuple[Tensor, float]:
+    """The first `count` pivots, rising, and the trace that they leave unexplained."""
+    rest = matrix.diagonal().clone()
+    columns = matrix.new_zeros(count, len(matrix))
+    taken = torch.zeros(len(matrix), dtype=torch.bool)
+    floor = 1e-12 * float(rest.max().clamp(min=0))
+    for k in range(count):
+        pivot = int(torch.where(taken, -torch.inf, rest).argmax())
+        taken[pivot] = True
+        if float(rest[pivot]) > floor:
+            column = matrix[pivot] - columns[:k].T @ columns[:k, pivot]
+            columns[k] = column / rest[pivot].sqrt()
+            rest = (rest - columns[k].square()).clamp(min=0)
+    return taken.nonzero().flatten(), float(torch.where(taken, 0.0, rest).sum())

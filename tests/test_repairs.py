@@ -107,7 +107,7 @@ def test_one_layer_is_the_closed_form() -> None:
     models, spec, batches = _pair("mlp")
     plan = _zip(models, spec, batches)
     net = _merged(models, plan)
-    mf.refit(net, models, batches, plan, ridge=0.02, only_last=True)
+    mf.refit(net, models, batches, plan, ridge=0.02, part="last")
     x = torch.cat(batches).double()
     h = x
     merged = _merged(models, plan).double()
@@ -361,6 +361,7 @@ def test_an_error_inside_a_model_comes_out_and_leaves_nothing_behind() -> None:
         ({"output": "heads", "heads": [torch.ones(2, 5)] * 2}, ValueError, r"\(classes, 6\)"),
         ({"output": "heads", "heads": [torch.ones(2, 6), torch.ones(6)]}, ValueError, "model 1"),
         ({"output": "heads", "heads": [torch.full((2, 6), torch.inf)] * 2}, ValueError, "NaN or inf"),
+        ({"part": "first"}, ValueError, "part"),
         ({"ridge": -1.0}, ValueError, "ridge"),
         ({"token_weight": 0}, ValueError, "token_weight"),
     ],

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fashion_mnist import heterogeneous_evaluation
 from fashion_mnist.data import DEBIAN, SPLITS, Fashion, class_vectors, load
 from fashion_mnist.methods import METHODS, Pair
 from fashion_mnist.parents import NETWORKS, Parent, features_of, own_accuracy, trained
@@ -111,3 +112,10 @@ def main(
             continue
         evaluate_pair(pair, split, fashion, every, cache / "results" / f"{name}.json", methods)
         click.echo(f"{name}: done")
+    for seed in (seeds or (0, 1, 2)) if not networks else ():
+        try:
+            done = heterogeneous_evaluation.evaluate(seed, fashion, cache, images, every)
+        except FileNotFoundError as missing:
+            click.echo(f"left out: {missing}", err=True)
+            continue
+        click.echo(f"{done.stem}: done")

@@ -114,7 +114,7 @@ class Pair:
         """One parent as it is, but for its last layer, which is solved like the refit's."""
         net = mf.installed(self.models[model], self.states[model])
         heads = self.heads if output == "heads" else None
-        mf.refit(net, self.models, self.calibration, self.selected, heads, output, only_last=True)
+        mf.refit(net, self.models, self.calibration, self.selected, heads, output, part="last")
         return net
 
     def best(self, heads: bool) -> nn.Module:
@@ -174,4 +174,22 @@ CONTROLS: dict[str, Callable[[Pair], nn.Module]] = {
     "control: random halves + refit, heads": lambda p: p.refitted(p.random_halves, "heads"),
     "control: random halves + refit, unit": lambda p: p.refitted(p.random_halves, "unit"),
 }
-METHODS = {**PLAIN, **REPAIRED, **REFITTED, **CONTROLS}
+
+
+def _fast(pair: Pair) -> nn.Module:
+    """MuDSC zip at balance 0.5 on some of the images, as the row below."""
+    state = mf.merge_models(pair.models, pair.few, pair.spec, "zip", balance=0.5, progress=False)
+    return mf.installed(pair.models[0], state)
+
+
+def _reference(pair: Pair) -> nn.Module:
+    """The same by the plain float64 pipeline, which stands in for the published algorithm."""
+    state = mf.reference.merge_models(pair.models, pair.few, pair.spec, "zip", balance=0.5)
+    return mf.installed(pair.models[0], state)
+
+
+REFERENCE: dict[str, Callable[[Pair], nn.Module]] = {
+    "zip at 0.5, fast path": _fast,
+    "zip at 0.5, float64 reference": _reference,
+}
+METHODS = {**PLAIN, **REPAIRED, **REFITTED, **CONTROLS, **REFERENCE}

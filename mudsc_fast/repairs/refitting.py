@@ -20,6 +20,7 @@ from mudsc_fast.repairs.targets import Target, last_target
 if TYPE_CHECKING:
     from mudsc_fast.plan import MergePlan
 
+PARTS = ("all", "inner", "last")
 _NEGLIGIBLE = 2e-5  # of the output's size: what rounding leaves between two nets that are the same
 
 
@@ -32,7 +33,7 @@ def refit(
     output: str = "mean",
     ridge: float = 0.01,
     token_weight: int = 10,
-    only_last: bool = False,
+    part: str = "all",
     progress: Progress = False,
 ) -> int:
     """Solve every linear layer and convolution of the merged net for the parents' outputs there, in place; no labels.
@@ -44,7 +45,8 @@ def refit(
     times their mean
         length; or "heads", the outputs in which every head reads what it reads in its own parent, at unit length.
     ridge: share of the inputs' mean variance that is added to the Gram matrix. token_weight: how often the token counts
-        that a model goes on with alone (the class token). only_last: solve the model's own outputs alone.
+        that a model goes on with alone (the class token). part: "all", "last" (the
+        model's own outputs alone) or "inner" (all but these).
 
     Layers are taken in order: T is the mean of the members' outputs in the parents, R = T - (W X + b), X what the
     merged net's solved layers give; W grows by <R X'> (<X X'> + ridge)^-1. Before that a layer is rescaled as in
@@ -58,14 +60,16 @@ def refit(
     check_share("ridge", ridge, top=None)
     if isinstance(token_weight, bool) or not isinstance(token_weight, int) or token_weight < 1:
         raise ValueError(f"token_weight: expected an integer >= 1, got {token_weight!r}")
+    if part not in PARTS:
+        raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
     target = last_target(output, heads, len(list(models)))
     solved = 0
 
     def work(layer: Layer) -> None:
         nonlocal solved
-        if layer.last:
+        if layer.last and part != "inner":
             solved += _solve(layer, ridge, token_weight, target)
-        elif not only_last:
+        elif not layer.last and part != "last":
             changed = rescale(layer)
             solved += _solve(layer, ridge, token_weight, None) or changed
 

@@ -1,0 +1,196 @@
+"""python -m fashion_mnist table: collects the measured rows into one results file and writes the tables of the
+document."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from fashion_mnist.evaluate import CACHE
+from fashion_mnist.heterogeneous import TASKS
+from fashion_mnist.methods import CONTROLS, METHODS, REFERENCE
+from fashion_mnist.parents import NETWORKS
+
+RESULTS = Path("benchmarks/results/quality.json")
+DOCUMENT = Path("docs/quality.md")
+SPLIT_NAMES = {
+    "halves": "Classes 0-4 and 5-9, separate initialisations",
+    "evenodd": "Even and odd classes, separate initialisations",
+    "halves-base": "Classes 0-4 and 5-9, fine-tuned from one base",
+}
+PAPER = "MuDSC zip"
+NO_REFIT = ("zip + rescaling", "zip + decoder", "zip + decoder + rescaling", "selection", "selection + decoder",
+            "selection + decoder + rescaling")  # fmt: skip
+
+Rows = dict[str, dict[str, dict[str, float]]]  # {seed: {method: scores}}
+
+
+def collect(cache: Path) -> dict[str, Any]:
+    """{split: {network: {seed: rows}}} of everything measured so far."""
+    found: dict[str, Any] = {}
+    for path in sorted((cache / "results").glob("*.json")):
+        network, _, rest = path.stem.partition("-")
+        split, _, seed = rest.rpartition("-")
+        found.setdefault(split, {}).setdefault(network, {})[seed] = json.loads(path.read_text())
+    return found
+
+
+def values(pairs: dict[str, Any], method: str, score: str) -> list[float]:
+    """The score of a method for every seed that has it; of several controls of one name, the better one."""
+    result = []
+    for pair in pairs.values():
+        rows = pair["rows"]
+        if method == "control: better body":
+            each = [rows[n] for n in CONTROLS if "body" in n and n.endswith("heads") and n in rows]
+            if each:
+                result.append(max(r[score] for r in each))
+        elif method in rows and score in rows[method]:
+            result.append(rows[method][score])
+    return result
+
+
+def cell(numbers: list[float]) -> str:
+    """Mean and spread (standard deviation over seeds)."""
+    if not numbers:
+        return ""
+    spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.1f}{spread}"
+
+
+def table(split: dict[str, Any], score: str) -> str:
+    """The markdown table of one split: a row a method, a column a network."""
+    networks = [n for n in NETWORKS if n in split]
+    seeds = {n: len(values(split[n], "parents", "mean")) for n in networks}
+    lines = ["| | " + " | ".join(f"{n} ({seeds[n]})" for n in networks) + " |", "|---|" + "---|" * len(networks)]
+    for method in ("parents", "ensemble", *(m for m in METHODS if m not in REFERENCE)):
+        cells = [cell(values(split[n], method, score)) for n in networks]
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def targets(split: dict[str, Any]) -> str:
+    """What was aimed at, and what came out, for every network."""
+    networks = [n for n in NETWORKS if n in split]
+
+    def mean(network: str, method: str) -> float | None:
+        found = values(split[network], method, "mean")
+        return statistics.mean(found) if found else None
+
+    def line(title: str, number: Any, reached: Any) -> str:
+        cells, good = [], 0
+        for n in networks:
+            value = number(n)
+            cells.append("" if value is None else f"{value:+.1f}{' ✓' if reached(value) else ' ✗'}")
+            good += value is not None and reached(value)
+        return f"| {title} | " + " | ".join(cells) + f" | {good} of {len(networks)} |"
+
+    def difference(a: str, b: str) -> Any:
+        def of(n: str) -> float | None:
+            left, right = mean(n, a), mean(n, b)
+            return None if left is None or right is None else left - right
+
+        return of
+
+    def best_without_refit(n: str) -> float | None:
+        base, found = mean(n, PAPER), [v for m in NO_REFIT if (v := mean(n, m)) is not None]
+        return None if base is None or not found else max(found) - base
+
+    def matching_alone(n: str) -> float | None:
+        base, found = mean(n, PAPER), mean(n, "zip + decoder + rescaling")
+        return None if base is None or found is None else found - base
+
+    rows = [
+        line("fast path - reference pipeline, same checkpoints and images (within 3)",
+             difference(*REFERENCE), lambda v: abs(v) <= 3),
+        line("zip + decoder + rescaling - MuDSC zip (5 or more)", matching_alone, lambda v: v >= 5),
+        line("best row without a refit - MuDSC zip (5 or more)", best_without_refit, lambda v: v >= 5),
+        line("best with heads - parents (-4 or better)", difference("best, heads known", "parents"), lambda v: v >= -4),
+        line("best with heads - better one-body control (3 or more)",
+             difference("best, heads known", "control: better body"), lambda v: v >= 3),
+        line("best without heads - ensemble (-3 or better)",
+             difference("best, without heads", "ensemble"), lambda v: v >= -3),
+    ]  # fmt: skip
+    head = "| mean of tasks, points | " + " | ".join(networks) + " | reached |"
+    return "\n".join([head, "|---|" + "---|" * (len(networks) + 1), *rows])
+
+
+def heterogeneous_table(found: dict[str, Any]) -> str:
+    """Scores of four tasks on one merged encoder."""
+    pairs = found["mlp"] if "mlp" in found else next(iter(found.values()))
+    methods = list(next(iter(pairs.values()))["rows"])
+    lines = ["| | " + " | ".join(TASKS) + " | mean of parents' score |", "|---|" + "---|" * (len(TASKS) + 1)]
+    for method in methods:
+        cells = [cell([100 * p["rows"][method][t] for p in pairs.values() if method in p["rows"]]) for t in TASKS]
+        share = cell([100 * p["rows"][method]["share"] for p in pairs.values() if method in p["rows"]])
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {share} |")
+    return "\n".join(lines)
+
+
+def sections(found: dict[str, Any]) -> dict[str, str]:
+    """{marker: markdown} for everything that the document shows."""
+    result = {}
+    for split, title in SPLIT_NAMES.items():
+        if split in found:
+            parts = [f"**{title}.** Mean of both tasks, each among its own five classes; % of test images.", ""]
+            parts += [
+                table(found[split], "mean"),
+                "",
+                "Joint: among all ten classes.",
+                "",
+                table(found[split], "joint"),
+            ]
+            result[split] = "\n".join(parts)
+    if "halves" in found:
+        result["targets"] = targets(found["halves"])
+    if "heterogeneous" in found:
+        result["heterogeneous"] = heterogeneous_table(found["heterogeneous"])
+    return result
+
+
+def write(text: str, path: Path) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def filled(document: str, parts: dict[str, str]) -> str:
+    """The document with the text between `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
+    for name, text in parts.items():
+        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if first in document and last in document:
+            before, _, rest = document.partition(first)
+            document = before + first + "\n" + text + "\n" + last + rest.partition(last)[2]
+    return document
+
+
+@click.command("table")
+@click.option("--cache", type=click.Path(path_type=Path), default=CACHE, show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+@click.option("--document", type=click.Path(path_type=Path), default=DOCUMENT, show_default=True)
+def main(cache: Path, results: Path, document: Path) -> None:
+    """Write the results file and the document's tables from what is measured; from the results file if nothing is."""
+    found = collect(cache)
+    if found:
+        about = {
+            "command": "make quality",
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        write(json.dumps({"about": about, "results": found}, indent=1) + "\n", results)
+    else:
+        found = json.loads(results.read_text())["results"]
+    if document.exists():
+        write(filled(document.read_text(encoding="utf-8"), sections(found)), document)
+    for name, text in sections(found).items():
+        click.echo(f"## {name}\n{text}\n")

@@ -22,13 +22,14 @@ SETUP    = $(PYTHON) scripts/setup_venv.py --venv $(VENV) --torch "$(TORCH)" --r
 PACKAGE := $(STAMPS)/package-$(WERROR)-$(CUDA)
 MINIMUM_COVERAGE := 90
 
-.PHONY: help build demo minilm test lint mypy bench scale gpu sanitize clean prove
+.PHONY: help build demo minilm test lint mypy bench scale gpu sanitize clean prove quality quality-quick
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      merge two networks trained on half of the digits each; table and picture in out/demo"
 	@echo "make minilm    merge a real sentence encoder with its shuffled, fine-tuned copy; a few minutes"
 	@echo "make test      build and run all tests (ARGS='tests/test_regroup.py -k bf16' for some of them)"
+	@echo "make quality   the merging study on Fashion-MNIST into docs/quality.md, hours; quality-quick: digits, a minute or two"
 	@echo "make lint      ruff, mypy, clang-format, codespell"
 	@echo "make bench     benchmarks against peers"
 	@echo "make scale     two checkpoints of Llama-3-8B's width merged within 4 GB; needs 8 GB of disk and some minutes"
@@ -63,6 +64,16 @@ demo: $(PACKAGE) $(STAMPS)/with-demo
 
 minilm: $(PACKAGE) $(STAMPS)/with-minilm
 	$(PY) examples/sentence_embeddings.py $(ARGS)
+
+# Goes on where it was stopped. ARGS='--data FOLDER' where Debian's dataset-fashion-mnist is not installed.
+quality: $(PACKAGE) $(STAMPS)/with-demo
+	PYTHONPATH=examples $(PY) -m fashion_mnist train $(ARGS)
+	PYTHONPATH=examples $(PY) -m fashion_mnist evaluate $(ARGS)
+	PYTHONPATH=examples $(PY) -m fashion_mnist cost $(ARGS)
+	PYTHONPATH=examples $(PY) -m fashion_mnist table
+
+quality-quick: $(PACKAGE) $(STAMPS)/with-demo
+	$(PY) examples/digits_quality.py --out out/quality/digits.json $(ARGS)
 
 # Coverage is asked for only of the whole suite: a part of it covers a part of the package.
 test: $(PACKAGE) $(STAMPS)/with-test

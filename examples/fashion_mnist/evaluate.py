@@ -59,10 +59,15 @@ def evaluate_pair(pair: Pair, split: str, data: Fashion, every: int, path: Path,
         known["rows"]["ensemble"] = scores(together, labels, vectors, split)
     left = [name for name in METHODS if name not in known["rows"] and (not only or name in only)]
     for name in track(left, path.stem):
+        known = json.loads(path.read_text()) if path.exists() else known  # another process may work on the same pair
+        if name in known["rows"]:
+            continue
         begin = time.process_time()
         net = METHODS[name](pair)
         seconds = time.process_time() - begin
-        known["rows"][name] = scores(features_of(net, images), labels, vectors, split)
+        row = scores(features_of(net, images), labels, vectors, split)
+        known = json.loads(path.read_text()) if path.exists() else known
+        known["rows"][name] = row
         known["seconds"][name] = round(seconds, 2)
         known["balances"] = {**known.get("balances", {}), **pair.chosen}
         known["images"] = {"calibration": sum(map(len, pair.calibration)), "test": len(labels)}

@@ -64,7 +64,7 @@ def train(task: str, seed: int, data: Fashion, folder: Path) -> float:
     torch.manual_seed(4000 + 10 * seed + list(TASKS).index(task))
     model, generator = TaskNetwork(TASKS[task]), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    steps = EPOCHS * len(data.training.labels) // BATCH
+    steps = max(1, EPOCHS * len(data.training.labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     order: list[Tensor] = []
     for _ in track(range(steps), f"training {task} {seed}"):

@@ -99,7 +99,7 @@ def _fit(
 ) -> None:
     """Trains `model` in place so that the features of images[i] point at vectors[targets[i]]."""
     generator = torch.Generator().manual_seed(seed)
-    steps = int(epochs * len(images) / BATCH)
+    steps = max(1, int(epochs * len(images) / BATCH))
     if network.adam:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=network.rate, weight_decay=0.02)
     else:

@@ -1,5 +1,4 @@
-"""python -m fashion_mnist table: collects the measured rows into one results file and writes the tables of the
-document."""
+"""python -m fashion_mnist table: collects the measured rows in one results file, writes the tables of the document."""
 
 from __future__ import annotations
 
@@ -39,6 +38,8 @@ def collect(cache: Path) -> dict[str, Any]:
         network, _, rest = path.stem.partition("-")
         split, _, seed = rest.rpartition("-")
         found.setdefault(split, {}).setdefault(network, {})[seed] = json.loads(path.read_text())
+    if (cache / "cost.json").exists():
+        found["cost"] = json.loads((cache / "cost.json").read_text())
     return found
 
 
@@ -134,9 +135,27 @@ def heterogeneous_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cost_table(found: dict[str, Any]) -> str:
+    """Seconds, of one machine."""
+    lines = [
+        "| | refit | one match | balance search of five, matching alone | search / match |",
+        "|---|---|---|---|---|",
+    ]
+    for network, row in found.items():
+        ratio = row["search"] / row["match"]
+        lines.append(
+            f"| {network} | {row['refit']:.1f} s | {row['match']:.2f} s | {row['search']:.2f} s | {ratio:.1f} |"
+        )
+    first = next(iter(found.values()))
+    about = f"{first['images']} images, {first['threads']} threads, `python -m fashion_mnist cost`"
+    return "\n".join([*lines, "", about])
+
+
 def sections(found: dict[str, Any]) -> dict[str, str]:
     """{marker: markdown} for everything that the document shows."""
     result = {}
+    if "cost" in found:
+        result["cost"] = cost_table(found["cost"])
     for split, title in SPLIT_NAMES.items():
         if split in found:
             parts = [f"**{title}.** Mean of both tasks, each among its own five classes; % of test images.", ""]

@@ -1,0 +1,61 @@
+"""python -m fashion_mnist cost: seconds of a refit, and of a balance search beside one match."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+import mudsc_fast as mf
+from fashion_mnist.data import DEBIAN, load
+from fashion_mnist.evaluate import CACHE, study_pair
+from fashion_mnist.parents import NETWORKS
+
+
+def seconds(work: Callable[[], object], times: int) -> float:
+    """The least of some runs."""
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+@click.command("cost")
+@click.option("--data", type=click.Path(path_type=Path), default=DEBIAN, show_default=True)
+@click.option("--cache", type=click.Path(path_type=Path), default=CACHE, show_default=True)
+@click.option("--network", "networks", multiple=True, type=click.Choice(list(NETWORKS)), help="Default: all.")
+@click.option("--images", default=1024, show_default=True)
+@click.option("--times", default=1, show_default=True, help="The least of this many runs counts.")
+def main(data: Path, cache: Path, networks: tuple[str, ...], images: int, times: int) -> None:
+    """Time the steps on seed 0's parents, on as many threads as torch is given."""
+    fashion, path = load(data), cache / "cost.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for network in networks or tuple(NETWORKS):
+        pair, _ = study_pair(network, "halves", 0, False, fashion, cache, images)
+        plan = pair.plan("zip", 0.5)
+
+        def refit(pair=pair, plan=plan) -> None:  # type: ignore[no-untyped-def]
+            pair.refitted(plan, "unit")
+
+        def match(pair=pair) -> None:  # type: ignore[no-untyped-def]
+            pair.plan("zip", 0.5)
+
+        searches = [
+            mf.search_balance(pair.states, pair.spec, pair.stats, lambda state: 0.0, progress=False).matching
+            for _ in range(times)
+        ]
+        found[network] = {
+            "refit": seconds(refit, times),
+            "match": seconds(match, times),
+            "search": min(searches),
+            "threads": torch.get_num_threads(),
+            "images": images,
+        }
+        click.echo(f"{network}: {found[network]}")
+        path.write_text(json.dumps(found, indent=1))

@@ -249,3 +249,15 @@ def test_sums_keep_what_is_not_finite(isa: str, shape: tuple[int, ...], dtype: t
     want = mf.reference.regroup(tensor, torch.arange(33) // 2, 1, 17)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.nan_to_num(0.0, 9.0, -9.0).double(), want.nan_to_num(0.0, 9.0, -9.0))
+
+
+def test_strides_past_32_bits(isa: str) -> None:
+    store = torch.empty(2**31 + 128, dtype=torch.int16)  # 4 GiB of addresses, of which a few pages are touched
+    values = torch.randint(-1000, 1000, (3, 40), dtype=torch.int16)
+    for shape, steps in (((3, 40), (2**30, 1)), ((40, 3), (1, 2**30))):
+        tensor = store.as_strided(shape, steps)
+        tensor.copy_(values if shape == (3, 40) else values.T)
+        for dim in (0, 1):
+            order = torch.randperm(shape[dim])
+            got = mf.regroup(tensor, order.argsort(), dim, shape[dim])
+            assert torch.equal(got, tensor.index_select(dim, order))

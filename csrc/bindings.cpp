@@ -144,8 +144,8 @@ mudsc::RegroupArgs regroup_args(const TensorView& in, const TensorView& out, int
     return a;
 }
 
-// Labels in [0, size) as segments: members[ptr[j] .. ptr[j + 1]) are the positions labelled j, rising. Returns the length
-// of the longest one, or -1 where a label is out of range.
+// Labels in [0, size) as segments: members[ptr[j] .. ptr[j + 1]) are the positions labelled j, rising. Returns the
+// length of the longest one, or -1 where a label is out of range.
 int64_t segments(const py::object& labels_obj, const py::object& ptr_obj, const py::object& members_obj) {
     TensorArg labels(labels_obj, "labels"), ptr(ptr_obj, "ptr"), members(members_obj, "members");
     require(labels->ndim == 1 && ptr->ndim == 1 && ptr->shape[0] > 0, "segments: expected vectors");

@@ -2,9 +2,10 @@
 
     python -m benchmarks.processes --json benchmarks/results/processes.json
 
-A small Llama and its permuted, noisy copy are matched by 1, 2 and 4 processes of one thread each on gloo. The labels
-have to be those of one process. Every visit of a space is timed in the run of one; which visits may run side by side,
-and which process does which, is what `mudsc_fast.distributed` says, so the time on N processes follows from these.
+A small Llama and its permuted, noisy copy are matched by 1, 2 and 4 processes of one thread each on gloo, with the
+residual stream visited by one process and (split) by all. The labels have to be those of one process. Every visit of a
+space is timed in the run of one; which visits may run side by side, and which process does which, is what
+`mudsc_fast.distributed` says, so the time on N processes follows from these.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mudsc_fast as mf
-from mudsc_fast.distributed import levels, owners
+from mudsc_fast.distributed import hubs, levels, owners
 from mudsc_fast.rematch import Match, Matcher
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -47,32 +48,37 @@ def network(layers: int) -> tuple[mf.PermutationSpec, list[dict[str, Tensor]]]:
     return spec, [state, {name: x + 0.05 * x.std() * torch.randn_like(x) for name, x in copy.items()}]
 
 
-def matched(spec: mf.PermutationSpec, states: Sequence[Mapping[str, Tensor]], group: Any) -> tuple[float, mf.MergePlan]:
+def matched(
+    spec: mf.PermutationSpec, states: Sequence[Mapping[str, Tensor]], group: Any, split: bool = False
+) -> tuple[float, mf.MergePlan]:
     """Seconds of a match by weights, and its plan."""
     start = time.perf_counter()
-    plan = mf.match(list(states), spec, method="align", balance=1.0, seed=SEED, progress=False, group=group)
+    options: dict[str, Any] = {"balance": 1.0, "seed": SEED, "progress": False, "group": group, "split_hubs": split}
+    plan = mf.match(list(states), spec, method="align", **options)
     return time.perf_counter() - start, plan
 
 
-def one_rank(rank: int, ranks: int, port: int, given: Any, answer: Any) -> None:
+def one_rank(rank: int, ranks: int, port: int, given: Any, split: bool, answer: Any) -> None:
     """A process of a run: matches with the others and hands back its time."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     dist.barrier()
-    seconds, plan = matched(*given, True)
+    seconds, plan = matched(*given, True, split)
     dist.destroy_process_group()
     answer.put((rank, seconds, {name: labels.tolist() for name, labels in plan.labels.items()} if rank == 0 else None))
 
 
-def run(ranks: int, given: Any) -> tuple[float, dict[str, list[list[int]]]]:
+def run(ranks: int, given: Any, split: bool = False) -> tuple[float, dict[str, list[list[int]]]]:
     """Seconds of the slowest of several processes, and the labels."""
     context = multiprocessing.get_context("fork")
     answer = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [context.Process(target=one_rank, args=(rank, ranks, port, given, answer)) for rank in range(ranks)]
+    processes = [
+        context.Process(target=one_rank, args=(rank, ranks, port, given, split, answer)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     found = [answer.get(timeout=300) for _ in processes]
@@ -114,9 +120,15 @@ def ties_of(spec: mf.PermutationSpec) -> tuple[dict[str, tuple[str, ...]], dict[
     return tie, near, costs
 
 
-def predicted(spec: mf.PermutationSpec, seconds: Mapping[Any, float], sizes: Sequence[int], sweeps: int) -> list[float]:
-    """Seconds of the sweeps on each number of processes, each visit taking `seconds` of its tie."""
+def predicted(
+    spec: mf.PermutationSpec, seconds: Mapping[Any, float], sizes: Sequence[int], sweeps: int, split: bool = False
+) -> list[float]:
+    """Seconds of the sweeps on each number of processes, each visit taking `seconds` of its tie.
+
+    split: the visits of hubs are divided by the number of processes, which leaves out their assignment and the network.
+    """
     tie, near, costs = ties_of(spec)
+    apart = hubs(near)
     generator = torch.Generator().manual_seed(SEED)
     orders = [torch.randperm(len(spec), generator=generator).tolist() for _ in range(sweeps)]
     spaces = list(spec)
@@ -135,6 +147,9 @@ def predicted(spec: mf.PermutationSpec, seconds: Mapping[Any, float], sizes: Seq
             for level in levels(visits, near):
                 load = [0.0] * size
                 for k in level:
+                    if split and visits[k] in apart:
+                        total += seconds[visits[k]] / size
+                        continue
                     load[of[visits[k]]] += seconds[visits[k]]
                 total += max(load)
         result.append(total)
@@ -175,10 +190,11 @@ def main() -> None:
     single, labels = run(1, (spec, states))
     measured: dict[str, Any] = {"1": {"seconds": single}}
     for ranks in options.ranks:
-        seconds, found = run(ranks, (spec, states))
-        if found != labels:
-            raise SystemExit(f"{ranks} processes gave other labels than one")
-        measured[str(ranks)] = {"seconds": seconds, "speedup": single / seconds}
+        for split in (False, True):
+            seconds, found = run(ranks, (spec, states), split)
+            if found != labels:
+                raise SystemExit(f"{ranks} processes gave other labels than one")
+            measured[f"{ranks}{' split' if split else ''}"] = {"seconds": seconds, "speedup": single / seconds}
     with Timed() as timed:
         _, plan = matched(spec, states, None)
     hidden = spec.random_permutation(1)
@@ -203,15 +219,13 @@ def main() -> None:
             "/".join(n): {"seconds": mean[n], "visits": len(each[n]), "bytes": bytes_of["/".join(n)]} for n in near
         },
         "share_of_hub": mean[hub] / sum(mean.values()),
-        "predicted": {
-            str(options.layers): dict(zip(map(str, NODES), predicted(spec, mean, NODES, sweeps), strict=True))
-        },
+        "predicted": {},
     }
-    for layers in DEEPER:
-        longer, seconds = deeper(spec, mean, layers)
-        figures["predicted"][str(layers)] = dict(
-            zip(map(str, NODES), predicted(longer, seconds, NODES, sweeps), strict=True)
-        )
+    for layers in (options.layers, *DEEPER):
+        longer, seconds = (spec, mean) if layers == options.layers else deeper(spec, mean, layers)
+        for split in (False, True):
+            row = predicted(longer, seconds, NODES, sweeps, split)
+            figures["predicted"][f"{layers}{' split' if split else ''}"] = dict(zip(map(str, NODES), row, strict=True))
     print(f"{len(spec)} spaces, {sweeps} sweeps; the planted permutation {'was' if right else 'WAS NOT'} found")
     for ranks, row in measured.items():
         print(f"{ranks} processes: {row['seconds']:.2f} s, {single / row['seconds']:.2f} times as fast as one")

@@ -64,6 +64,7 @@ class Request:
     resume: bool = False
     record: Path | None = None
     verify: bool = True
+    split_hubs: bool = False
 
     def check_usage(self) -> None:
         """Refuse options that contradict each other, before anything is opened."""
@@ -170,6 +171,12 @@ _running = options.together(
         show_default=True,
         help="Before anything is written, try on the network of a Hugging Face folder that permuting all spaces "
         "at random leaves its outputs as they are.",
+    ),
+    click.option(
+        "--split-hubs",
+        is_flag=True,
+        help="Of several processes: all of them share the tensors of a residual stream, which one of them alone compares "
+        "otherwise. Much faster; similarities differ by rounding.",
     ),
     options.dtype,
     options.max_shard_size,
@@ -401,6 +408,7 @@ def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
         max_memory=job.limit,
         journal=job.kept.journal,
         group=job.world,
+        split_hubs=request.split_hubs,
     )
     about = {"method": request.method, "balance": f"{balance:g}", "seed": str(request.seed)}
     if request.stats is not None:

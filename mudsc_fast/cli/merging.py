@@ -175,8 +175,8 @@ _running = options.together(
     click.option(
         "--split-hubs",
         is_flag=True,
-        help="Of several processes: all of them share the tensors of a residual stream, which one of them alone compares "
-        "otherwise. Much faster; similarities differ by rounding.",
+        help="Of several processes: all of them share the tensors of a residual stream, which one compares "
+        "alone otherwise. Much faster; similarities differ by rounding.",
     ),
     options.dtype,
     options.max_shard_size,

@@ -53,6 +53,7 @@ class Case:
     kernels: tuple[str, ...]
     error: Error
     tolerance: float = CORRELATION
+    extra: bool = False  # left to `make prove`: another of its kind is among the tests
 
 
 @contextmanager
@@ -407,9 +408,13 @@ def _cases() -> Iterator[Case]:
             scope = "cross" if ratio == 1.5 else "full"
             yield Case(f"covariance, {dtype}, mean/std {ratio}, {scope}", _ADD, _stream(dtype, ratio, scope))
         for width in (1, 31, 32, 33, 65):
-            yield Case(f"covariance, {dtype}, width {width}", _ADD, _stream(dtype, 0, "full", width, 3, 40))
+            extra = dtype == "float16" or (dtype == "float32" and width in (31, 32))
+            error = _stream(dtype, 0, "full", width, 3, 40)
+            yield Case(f"covariance, {dtype}, width {width}", _ADD, error, extra=extra)
         for samples in (1, 31, 32, 33, 64, 65, 130):
-            yield Case(f"covariance, {dtype}, {samples} samples", _ADD, _stream(dtype, 0, "cross", 9, 2, samples))
+            extra = (dtype == "float16" and samples != 33) or (dtype == "float32" and samples in (31, 32, 64, 65))
+            error = _stream(dtype, 0, "cross", 9, 2, samples)
+            yield Case(f"covariance, {dtype}, {samples} samples", _ADD, error, extra=extra)
     yield Case("covariance, bfloat16, many samples, mean/std 100", _ADD, _stream("bfloat16", 100, "full", 19, 2, 900))
     for name in layouts(torch.bfloat16, 0):
         yield Case(f"covariance, bfloat16, {name}", _ADD, _layout(name, "bfloat16"))
@@ -433,12 +438,13 @@ def _cases() -> Iterator[Case]:
                     yield Case(f"{use}, one past each tile of {config.name}", kernels, _config(use, config, "bfloat16"))
     for dtype in DTYPES:
         for width, columns in ((1, 40), (31, 32), (33, 65), (65, 31)):
-            yield Case(
-                f"similarity, {dtype}, {width} x {columns}", _BLENDED, _weights(width, columns, dtype, "full", 3)
-            )
-        yield Case(f"similarity, {dtype}, 40 x 300, in chunks", _BLENDED, _weights(40, 300, dtype, "cross"))
+            extra = dtype != "float32" and width != 33
+            error = _weights(width, columns, dtype, "full", 3)
+            yield Case(f"similarity, {dtype}, {width} x {columns}", _BLENDED, error, extra=extra)
+        half = dtype == "float16"
+        yield Case(f"similarity, {dtype}, 40 x 300, in chunks", _BLENDED, _weights(40, 300, dtype, "cross"), extra=half)
         yield Case(f"similarity, {dtype}, 9 x 2", _BLENDED, _weights(9, 2, dtype, "cross"))
-        yield Case(f"similarity, {dtype}, layouts", _BLENDED, _weight_layouts(dtype))
+        yield Case(f"similarity, {dtype}, layouts", _BLENDED, _weight_layouts(dtype), extra=half)
     yield Case("similarity, labelled", _BLENDED, _labelled)
     for kept, scope, balance in (("full", "full", 0.5), ("full", "cross", 0.25), ("cross", "cross", 0.75)):
         yield Case(f"similarity, blend {kept} into {scope}", _BLENDED, _blend("float32", kept, scope, balance))

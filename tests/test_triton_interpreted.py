@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,17 @@ import pytest
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = FOLDER.parent.parent
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton has no wheel for this system"
-)
+
+def _why_not() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton has no wheel for this system"
+    versions = [tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")]
+    if versions[0] < (3, 9) and versions[1] >= (2, 4):
+        return "the interpreter of Triton before 3.9 needs numpy before 2.4"
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "runs")
 
 
 def interpreted(*command: str) -> subprocess.CompletedProcess[str]:

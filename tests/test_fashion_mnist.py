@@ -99,3 +99,4 @@ def test_the_better_body_is_the_control() -> None:
     assert table.values({"0": {"rows": rows}}, "control: better body", "mean") == [5.0]
     assert table.cell([]) == ""
     assert table.cell([1.0, 3.0]) == "2.0 ± 1.4"
+    assert table.cell([1.0], seeds=3) == "1.0 (1)"

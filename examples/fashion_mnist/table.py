@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,13 @@ def values(pairs: dict[str, Any], method: str, score: str) -> list[float]:
     return result
 
 
-def cell(numbers: list[float]) -> str:
-    """Mean and spread (standard deviation over seeds)."""
+def cell(numbers: list[float], seeds: int | None = None) -> str:
+    """Mean and spread (standard deviation over seeds); how many, where these are not all `seeds`."""
     if not numbers:
         return ""
     spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.1f}{spread}"
+    short = f" ({len(numbers)})" if seeds is not None and len(numbers) < seeds else ""
+    return f"{statistics.mean(numbers):.1f}{spread}{short}"
 
 
 def table(split: dict[str, Any], score: str) -> str:
@@ -71,7 +73,7 @@ def table(split: dict[str, Any], score: str) -> str:
     seeds = {n: len(values(split[n], "parents", "mean")) for n in networks}
     lines = ["| | " + " | ".join(f"{n} ({seeds[n]})" for n in networks) + " |", "|---|" + "---|" * len(networks)]
     for method in ("parents", "ensemble", *(m for m in METHODS if m not in REFERENCE)):
-        cells = [cell(values(split[n], method, score)) for n in networks]
+        cells = [cell(values(split[n], method, score), seeds[n]) for n in networks]
         if any(cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -81,37 +83,36 @@ def targets(split: dict[str, Any]) -> str:
     """What was aimed at, and what came out, for every network."""
     networks = [n for n in NETWORKS if n in split]
 
-    def mean(network: str, method: str) -> float | None:
-        found = values(split[network], method, "mean")
+    def gain(network: str, method: str, base: str) -> float | None:
+        """Mean difference over the seeds that have both."""
+        pairs = [{"": pair} for pair in split[network].values()]
+        found = [
+            left[0] - right[0]
+            for pair in pairs
+            if (left := values(pair, method, "mean")) and (right := values(pair, base, "mean"))
+        ]
         return statistics.mean(found) if found else None
 
-    def line(title: str, number: Any, reached: Any) -> str:
-        cells, good = [], 0
-        for n in networks:
-            value = number(n)
-            cells.append("" if value is None else f"{value:+.1f}{' ✓' if reached(value) else ' ✗'}")
-            good += value is not None and reached(value)
-        return f"| {title} | " + " | ".join(cells) + f" | {good} of {len(networks)} |"
+    def line(title: str, number: Callable[[str], float | None], reached: Callable[[float], bool]) -> str:
+        found = [number(n) for n in networks]
+        cells = ["" if v is None else f"{v:+.1f}{' ✓' if reached(v) else ' ✗'}" for v in found]
+        measured = [v for v in found if v is not None]
+        good = sum(map(reached, measured))
+        return f"| {title} | " + " | ".join(cells) + f" | {good} of {len(measured)} measured |"
 
-    def difference(a: str, b: str) -> Any:
-        def of(n: str) -> float | None:
-            left, right = mean(n, a), mean(n, b)
-            return None if left is None or right is None else left - right
+    def difference(a: str, b: str) -> Callable[[str], float | None]:
+        return lambda network: gain(network, a, b)
 
-        return of
-
-    def best_without_refit(n: str) -> float | None:
-        base, found = mean(n, PAPER), [v for m in NO_REFIT if (v := mean(n, m)) is not None]
-        return None if base is None or not found else max(found) - base
-
-    def matching_alone(n: str) -> float | None:
-        base, found = mean(n, PAPER), mean(n, "zip + decoder + rescaling")
-        return None if base is None or found is None else found - base
+    def best_without_refit(network: str) -> float | None:
+        return max((v for m in NO_REFIT if (v := gain(network, m, PAPER)) is not None), default=None)
 
     rows = [
         line("fast path - reference pipeline, same checkpoints and images (within 3)",
              difference(*REFERENCE), lambda v: abs(v) <= 3),
-        line("zip + decoder + rescaling - MuDSC zip (5 or more)", matching_alone, lambda v: v >= 5),
+        line("zip + decoder + rescaling - MuDSC zip (5 or more)",
+             difference("zip + decoder + rescaling", PAPER), lambda v: v >= 5),
+        line("selection + decoder + rescaling - MuDSC zip (5 or more)",
+             difference("selection + decoder + rescaling", PAPER), lambda v: v >= 5),
         line("best row without a refit - MuDSC zip (5 or more)", best_without_refit, lambda v: v >= 5),
         line("best with heads - parents (-4 or better)", difference("best, heads known", "parents"), lambda v: v >= -4),
         line("best with heads - better one-body control (3 or more)",
@@ -138,7 +139,7 @@ def heterogeneous_table(found: dict[str, Any]) -> str:
 def cost_table(found: dict[str, Any]) -> str:
     """Seconds, of one machine."""
     lines = [
-        "| | refit | one match | balance search of five, matching alone | search / match |",
+        "| | refit | one match | search over five balances, with its merges | search / match |",
         "|---|---|---|---|---|",
     ]
     for network, row in found.items():
@@ -147,7 +148,9 @@ def cost_table(found: dict[str, Any]) -> str:
             f"| {network} | {row['refit']:.1f} s | {row['match']:.2f} s | {row['search']:.2f} s | {ratio:.1f} |"
         )
     first = next(iter(found.values()))
-    about = f"{first['images']} images, {first['threads']} threads, `python -m fashion_mnist cost`"
+    about = (
+        f"Processor seconds, {first['images']} images, {first['threads']} thread(s): `python -m fashion_mnist cost`."
+    )
     return "\n".join([*lines, "", about])
 
 

@@ -313,7 +313,7 @@ def bench_regroup() -> None:
                 from mudsc_fast.backends import cuda
                 from mudsc_fast.regrouping import segments
 
-                ptr, members = segments(labels, length, size)
+                ptr, members = segments(labels, length, size)[:2]
                 runs = {
                     "mudsc_fast": lambda x=x, out=out, dim=dim, p=ptr, m=members: cuda.regroup(x, out, dim, p, m, None),
                 }

@@ -68,7 +68,7 @@ def regroup(
     """One regrouping; ``out`` gives the strides of the result, ``offsets`` the elements before input and result."""
     shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
     out = torch.zeros(shape, dtype=tensor.dtype) if out is None else out
-    ptr, members = segments(labels, tensor.shape[dim], size)
+    ptr, members = segments(labels, tensor.shape[dim], size)[:2]
     single = bool((ptr.diff() == 1).all())
     item = tensor.element_size()
     arrays = [_bits(_memory(tensor, offsets[0])), _bits(_memory(out, offsets[1])), ptr.numpy(), members.numpy()]

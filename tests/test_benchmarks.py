@@ -11,9 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import suite
+from benchmarks import adapters, suite
 from benchmarks.harness import OURS, Contender, Result, Row, WrongResult, growth, run_row, threads_set
 from mudsc_fast.cli.app import cli
+
+RESULTS = json.loads((Path(adapters.__file__).parent / "results" / "adapters-cpu.json").read_text(encoding="utf-8"))
 
 
 def row(contenders: list[Contender], **options: object) -> Row:
@@ -129,3 +131,15 @@ def test_command_refuses_an_unknown_op() -> None:
     ran = CliRunner().invoke(cli, ["bench", "--op", "sort"])
     assert ran.exit_code == 2
     assert "expected one of covariance" in ran.output
+
+
+def test_adapters_beside_their_tools() -> None:
+    def round_of(ours: float, theirs: float) -> dict[str, dict[str, object]]:
+        more = {"extra_mib": 2.0, "peak_mib": 10.0, "digest": ""}
+        return {"ours": {"seconds": ours, **more}, "theirs": {"seconds": theirs, **more, "peak_mib": 15.0}}
+
+    found = adapters.summary([round_of(1.0, 4.0), round_of(2.0, 4.0), round_of(1.0, 5.0)])
+    assert (found["speedup"], found["memory"], found["ours_seconds"]) == (4.0, 1.5, 1.0)
+    assert set(adapters.ROWS) == set(RESULTS["rows"])
+    document = (Path(__file__).resolve().parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
+    assert adapters.table(RESULTS) in document

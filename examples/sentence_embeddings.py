@@ -19,6 +19,7 @@ import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class Row:
     found: float
 
 
-def docstrings() -> list[tuple[str, str]]:
+@cache
+def docstrings() -> tuple[tuple[str, str], ...]:
     """(name in words, first paragraph of its documentation) of functions and classes of the standard library."""
     found: dict[str, str] = {}
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -79,7 +81,7 @@ def docstrings() -> list[tuple[str, str]]:
                     found.setdefault(said, words.lower())
     pairs = sorted((words, said) for said, words in found.items())
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    return [pairs[k] for k in order.tolist()]
+    return tuple(pairs[k] for k in order.tolist())
 
 
 def folder_of_package() -> Path:

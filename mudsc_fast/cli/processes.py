@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from mudsc_fast.cli import options
@@ -33,7 +34,8 @@ def join() -> World | None:
     from mudsc_fast.distributed import world_of
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # A process that dies closes its connections, which is noticed at once; a wide space may take an hour.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
     if rank:
         options.settings().quiet = True
     return world_of(True)

@@ -159,8 +159,9 @@ def bench_covariance() -> None:
         (torch.float32, 4096, 8192, None),
     ):
         x = torch.randn(samples, width, device="cuda", dtype=dtype)
-        cov = mf.Covariance(width, models=1, device="cuda")
-        found = compared({"mudsc_fast": lambda c=cov, a=x: c.update([a]), "cuBLAS": lambda a=x: a.T @ a}, 7)
+        # As two models of half the width each, so that one product of the whole is what is compared with.
+        cov, pair = mf.Covariance(width // 2, device="cuda"), list(x.split(width // 2, dim=1))
+        found = compared({"mudsc_fast": lambda c=cov, p=pair: c.update(p), "cuBLAS": lambda a=x: a.T @ a}, 7)
         ours, theirs = found["seconds"].get("mudsc_fast"), found["seconds"].get("cuBLAS")
         extra: dict[str, Any] = {}
         if ours and theirs:
@@ -168,12 +169,12 @@ def bench_covariance() -> None:
             extra = {"tflops_as_full_product": flop / ours / 1e12, "cublas_tflops": flop / theirs / 1e12}
             extra |= judged(theirs / ours, target) if target else {"measured": theirs / ours}
         y = x[:4096, :512].double()
-        small = mf.Covariance(512, models=1, device="cuda")
-        small.update([x[:4096, :512]])
+        small = mf.Covariance(256, device="cuda")
+        small.update([x[:4096, :256], x[:4096, 256:512]])
         error = float((small.correlation().double() - torch.corrcoef(y.T)).abs().max())
         wrong = "" if error <= 1e-5 else f"error {error:g}"
         row(case=f"{dtype} width {width} samples {samples}", **found, **extra, error=error, wrong=wrong)
-        del x, cov
+        del x, cov, pair
         torch.cuda.empty_cache()
 
 
@@ -382,31 +383,13 @@ def tune() -> None:
     """The fastest of the listed Triton configurations for each use; the driver collects them under "tuned"."""
     import torch
 
-    import mudsc_fast as mf
-    from mudsc_fast.backends.triton import configs
+    from benchmarks import gpu_triton
 
-    chip = configs.chip_of(torch.cuda.get_device_capability())
-    x = torch.randn(16384, 8192, device="cuda", dtype=torch.bfloat16)
-    wide = torch.randn(4096, 4096, device="cuda")
-    terms = [[torch.randn(4096, 8192, device="cuda") for _ in range(2)]]
-    halves, whole_floats = mf.Covariance(8192, models=1, device="cuda"), mf.Covariance(4096, models=1, device="cuda")
-    runs: dict[str, Callable[[], Any]] = {
-        "add": lambda: halves.update([x]),
-        "split": lambda: whole_floats.update([wide]),
-        "blend": lambda: mf.weight_similarity(terms),
-    }
-    for use, run in runs.items():
-        listed, seconds = configs.listed(use, chip), {}
-        whole = configs.TABLES[use]
-        for config in listed:
-            configs.TABLES[use] = {80: (config,), chip: (config,)}
-            try:
-                seconds[config.name], _ = timed(run, 5)
-            except Exception as error:  # noqa: BLE001 (a configuration that does not run is not chosen)
-                row(case=f"{use} {config.name}", wrong=f"{type(error).__name__}: {error}"[:300])
-        configs.TABLES[use] = whole
-        if seconds:
-            row(case=use, seconds=seconds, tuned={use: {str(chip): min(seconds, key=seconds.__getitem__)}})
+    found = gpu_triton.tune(torch.device("cuda", torch.cuda.current_device()), rounds=5)
+    for tried in found["tried"]:
+        row(case=f"{tried['use']} {tried['config']}", seconds=tried.get("seconds"), wrong=tried.get("failed", "")[:300])
+    for use, chips in found["tuned"].items():
+        row(case=use, tuned={use: chips})
 
 
 # ---- small runs for compute-sanitizer ----

@@ -24,7 +24,7 @@ MUTANTS = (
     ("product", "& 3) * plane_rows if PRODUCTS > 1 else row\n        right", "& 3) * 0 if PRODUCTS > 1 else row\n        right", "covariance, float32, 33 samples"),
     ("product", "inside = (t < rows_left)[:, None] &", "inside = (t < DEPTH)[:, None] &", "covariance, bfloat16, pointers, a slice of rows"),
     ("product", "j * COLUMNS, samples - row", "0, samples - row", "covariance, bfloat16, width 33"),
-    ("product", "step = first + at - pair * count", "step = at - pair * count", "covariance, bfloat16, 130 samples"),
+    ("product", "step = first + at - pair * count", "step = at - pair * count", "covariance, bfloat16, many samples, mean/std 100"),
     ("product", "at = out + (r - first_row).to(tl.int64) * out_pitch", "at = out + r.to(tl.int64) * out_pitch", "candidates, reduced costs and rows, in pieces"),
     ("product", "inside = row_in[:, None] & column_in[None, :]", "inside = row_in[:, None] & (c >= 0)[None, :]", "similarity, float32, 33 x 65"),
     ("product", "below = below & (r[None, :] < c[:, None])", "below = below & (r[None, :] <= c[:, None] + 64)", "similarity, float32, 33 x 65"),

@@ -27,7 +27,7 @@ MUTANTS = (
     ("product", "step = first + at - pair * count", "step = at - pair * count", "covariance, bfloat16, many samples, mean/std 100"),
     ("product", "at = out + (r - first_row).to(tl.int64) * out_pitch", "at = out + r.to(tl.int64) * out_pitch", "candidates, reduced costs and rows, in pieces"),
     ("product", "inside = row_in[:, None] & column_in[None, :]", "inside = row_in[:, None] & (c >= 0)[None, :]", "similarity, float32, 33 x 65"),
-    ("product", "below = below & (r[None, :] < c[:, None])", "below = below & (r[None, :] <= c[:, None] + 64)", "similarity, float32, 33 x 65"),
+    ("product", "below = below & (r[None, :] < c[:, None])", "below = below & (r[None, :] <= c[:, None] + 64)", "similarity, blend full into full"),
     ("product", "centred = products * over - row_mean[:, None] * column_mean[None, :]", "centred = products * over", "covariance, bfloat16, mean/std 1.5, cross"),
     ("product", "gram + r.to(tl.int64)[:, None] * gram_pitch + c[None, :]", "gram + r.to(tl.int64)[:, None] * gram_pitch + 0 * c[None, :]", "similarity, blend cross into cross"),
     ("split", "finite = tl.abs(value) < float(\"inf\")", "finite = tl.abs(value) >= 0.0", "covariance, not finite"),

@@ -170,7 +170,7 @@ def test_hugging_face_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     merged = transformers.ViTForImageClassification.from_pretrained("m").eval().state_dict()
     for name, tensor in mf.match(states, mf.spec_for(nets[0]), stats).merge(states).items():
         assert torch.equal(merged[name], tensor), name
-    assert sorted(p.name for p in Path("m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in Path("m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert main(["align", "a", "b", "-o", "b2", "-q"]) == 0
     aligned = transformers.ViTForImageClassification.from_pretrained("b2").eval()
     assert not torch.equal(aligned.classifier.weight, nets[1].classifier.weight)

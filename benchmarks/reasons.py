@@ -9,19 +9,18 @@ _REASONS = (
     (
         "regroup",
         "512x512x3x3",
-        "the tensor fits the last cache, where a copy is three times as fast as from memory; a unit of nine elements "
+        "the tensor fits the last cache, where a copy is far faster than from memory; a unit of nine elements "
         "costs an index, an unaligned load and an unaligned store of its own",
     ),
     ("regroup", "12x64x768", "the tensor fits the second cache: checking a call in Python takes as long as a copy"),
     (
         "regroup",
         "dim 1 4096x4096 bfloat16",
-        "input or result fits the last cache, where a copy is twice as fast as from memory; two transpositions are not",
+        "input or result fits the last cache, where a copy is faster than from memory; two transpositions are not",
     ),
     ("regroup", "dim 0 4096x4096 bfloat16", "as large as the last cache: the copy keeps a part of its result there"),
-    ("regroup", "dim 1", "two transpositions of each line in L1, about 4 ns, overlap with memory in part only"),
+    ("regroup", "dim 1", "two transpositions of each line, which overlap with memory in part only"),
     ("regroup", "dim 0", "rows in any order: each begins where the hardware does not expect it"),
-    ("regroup", "second core", "memory is shared: two processes share it just as two threads do"),
     (
         "similarity",
         "permutation",

@@ -399,7 +399,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "'fc1.weight' of model 0 must be floating",
     ),
     "no tensor": ({"state_dicts": changed(0, "fc1.weight", [1.0])}, TypeError, "'fc1.weight' of model 0 is no tensor"),
-    "unknown method": ({"method": "best"}, ValueError, "method: expected one of align, zip, got 'best'"),
+    "unknown method": ({"method": "best"}, ValueError, "method: expected one of align, zip, select, got 'best'"),
     "balance above 1": ({"balance": 1.5}, ValueError, r"balance: expected a number in 0..1, got 1.5"),
     "balance below 0": ({"balance": -0.1}, ValueError, r"balance: expected a number in 0..1"),
     "balance nan": ({"balance": float("nan")}, ValueError, r"balance: expected a number in 0..1"),

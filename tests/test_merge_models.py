@@ -129,7 +129,7 @@ class Unknown(nn.Module):
         ({"models": []}, ValueError, "models: expected two or more, got 0"),
         ({"models": ARCHITECTURES["resnet"].models(1)}, ValueError, "models: expected two or more, got 1"),
         ({"models": [{}, {}]}, TypeError, "models: expected torch modules, got dict for model 0"),
-        ({"method": "best"}, ValueError, "method: expected one of align, zip, got 'best'"),
+        ({"method": "finest"}, ValueError, "method: expected one of align, zip, select, best, got 'finest'"),
         ({"batches": None, "reset_bn": False, "balance": 0}, ValueError, "batches: balance 0 compares activations"),
         ({"batches": []}, ValueError, "batches: expected at least one batch"),
         ({"batches": torch.zeros(2, 2, 6, 6)}, TypeError, "put it in a list"),

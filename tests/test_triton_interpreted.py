@@ -62,7 +62,7 @@ def test_broken_kernels_are_noticed() -> None:
 
 
 def test_kernels_refuse_to_be_interpreted_by_accident() -> None:
-    code = "import kernels"
+    code = "import interpreted_kernels"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{FOLDER}"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import kernels
+import interpreted_kernels as kernels
 import numpy as np
 import pytest
 import torch

@@ -75,7 +75,7 @@ def _noticed(module: str, source: str, case_name: str) -> bool:
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
         package.loader.exec_module(sys.modules[prefix])
-        import kernels
+        import interpreted_kernels as kernels
 
         case = next(case for case in kernels.CASES if case.name == case_name)
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 
-import kernels
+import interpreted_kernels as kernels
 
 
 def main() -> None:

@@ -26,6 +26,37 @@ using mudsc::TensorView;
 
 namespace {
 
+// What is asked of torch at every call, without looking its names up again.
+class Torch {
+  public:
+    static bool is_tensor(const py::handle& object) { return py::type::handle_of(object).ptr() == names().tensor; }
+    static bool is_cpu(const py::handle& tensor) {
+        return checked(PyObject_GetAttr(tensor.ptr(), names().is_cpu)).ptr() == Py_True;
+    }
+    static bool is_neg(const py::handle& tensor) {
+        return checked(PyObject_CallMethodObjArgs(tensor.ptr(), names().is_neg, nullptr)).ptr() == Py_True;
+    }
+    static py::object to_dlpack(const py::handle& tensor) {
+        return checked(PyObject_CallFunctionObjArgs(names().to_dlpack, tensor.ptr(), nullptr));
+    }
+
+  private:
+    struct Names {
+        PyObject* tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+        PyObject* to_dlpack = py::object(py::module_::import("torch.utils.dlpack").attr("to_dlpack")).release().ptr();
+        PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+        PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+    };
+    static const Names& names() {
+        static const Names* found = new Names;  // never freed: the interpreter may be gone by then
+        return *found;
+    }
+    static py::object checked(PyObject* result) {
+        if (result == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(result);
+    }
+};
+
 // A tensor argument: takes any object with __dlpack__ and keeps its memory alive until the call ends.
 class TensorArg {
   public:
@@ -42,28 +73,26 @@ class TensorArg {
 
   private:
     static mudsc::dlpack::ManagedTensor* exported(const py::handle& object, const char* name) {
-        if (!py::hasattr(object, "__dlpack__")) {
+        const bool quick = is_cpu_tensor(object);
+        if (!quick && !py::hasattr(object, "__dlpack__")) {
             throw py::type_error(std::string(name) + ": expected a tensor, got " +
                                  std::string(py::str(py::type::handle_of(object).attr("__name__"))));
         }
-        py::object capsule = is_cpu_tensor(object) ? (*to_dlpack_)(object) : object.attr("__dlpack__")();
+        py::object capsule = quick ? to_dlpack(object) : object.attr("__dlpack__")();
         auto* managed = static_cast<mudsc::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
         if (managed == nullptr) throw py::error_already_set();
         PyCapsule_SetName(capsule.ptr(), "used_dltensor");
         return managed;
     }
 
-    // torch's own function is ten times as quick as the method, whose checks are about gradients and CUDA streams.
-    static bool is_cpu_tensor(const py::handle& object) {
-        static const py::object* tensor_type = nullptr;
-        if (tensor_type == nullptr) {
-            to_dlpack_ = new py::object(py::module_::import("torch.utils.dlpack").attr("to_dlpack"));
-            tensor_type = new py::object(py::module_::import("torch").attr("Tensor"));
-        }
-        return py::type::handle_of(object).is(*tensor_type) && py::cast<bool>(object.attr("is_cpu"));
+    static bool is_cpu_tensor(const py::handle& object) { return Torch::is_tensor(object) && Torch::is_cpu(object); }
+
+    // torch's own function is ten times as quick as the method, whose checks are about gradients and CUDA streams. It
+    // drops the mark of a tensor whose elements are to be read with the other sign.
+    static py::object to_dlpack(const py::handle& object) {
+        return Torch::is_neg(object) ? Torch::to_dlpack(object.attr("resolve_neg")()) : Torch::to_dlpack(object);
     }
 
-    static inline const py::object* to_dlpack_ = nullptr;  // never freed: the interpreter may be gone by then
     mudsc::dlpack::ManagedTensor* managed_;
     TensorView view_;
 };
@@ -425,6 +454,39 @@ void assign_cuda(const py::object& similarity_obj, const std::optional<py::objec
 }
 #endif
 
+// One small matrix as it is: indices, value, gap, u and v as bytes, in this order; or None when the call above has to
+// be made, which has checks and errors for everything else. Most of the time of a small problem is Python's otherwise.
+py::object assign_small(const py::handle& similarity_obj) {
+    if (!Torch::is_tensor(similarity_obj) || !Torch::is_cpu(similarity_obj)) return py::none();
+    TensorArg similarity(similarity_obj, "similarity");
+    const int64_t n = similarity->ndim == 2 ? similarity->shape[0] : 0;
+    if (n < 1 || n > mudsc::kSmallAssignment || similarity->shape[1] != n) return py::none();
+    if (similarity->dtype != Dtype::f32 && similarity->dtype != Dtype::f64) return py::none();
+    const auto bytes = py::reinterpret_steal<py::object>(PyByteArray_FromStringAndSize(nullptr, (3 * n + 2) * 8));
+    if (!bytes) throw py::error_already_set();
+    char* packed = PyByteArray_AS_STRING(bytes.ptr());
+    mudsc::AssignArgs a{};
+    a.dtype = similarity->dtype;
+    a.similarity = similarity->data;
+    a.shape[0] = a.shape[1] = 1;
+    a.n = n;
+    a.row_stride = similarity->strides[0];
+    a.col_stride = similarity->strides[1];
+    a.indices = reinterpret_cast<int64_t*>(packed);
+    a.value = reinterpret_cast<double*>(packed) + n;
+    a.gap = a.value + 1;
+    a.u = a.gap + 1;
+    a.v = a.u + n;
+    a.threads = 1;
+    Status status;
+    {
+        const KernelTable& table = mudsc::kernels();
+        py::gil_scoped_release release;
+        status = table.assign(a);
+    }
+    return status == Status::ok ? bytes : py::none();
+}
+
 // ---- ceilings, for benchmarks ----
 
 // Floating-point operations a second that one thread reaches; 0 where the instruction set has no such instruction.
@@ -713,6 +775,7 @@ PYBIND11_MODULE(_core, m) {
           py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"));
     m.def("assign", &assign, py::arg("similarity"), py::arg("start"), py::arg("indices"), py::arg("out"),
           py::arg("threads"));
+    m.def("assign_small", &assign_small, py::arg("similarity"));
     m.attr("gram_panel") = mudsc::kGramPanel;
     m.attr("gram_depth") = mudsc::kGramDepth;
     m.def("covariance_sizes", &covariance_sizes, py::arg("width"), py::arg("models"), py::arg("cross"));

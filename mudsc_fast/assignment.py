@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from mudsc_fast import backends
+from mudsc_fast.backends.cpu import assign_small
 
 # A float64 matrix whose duals leave the range of float64 is solved again with all entries times this.
 _DOWN = 2.0**-200
@@ -35,6 +36,24 @@ class Assignment:
     gap: Tensor
     block_indices: Tensor | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        # A small problem is solved in less time than its tensors take to make: each is made when first read.
+        packed = self.__dict__.get("_packed")
+        if packed is None or name not in ("indices", "value", "duals", "gap"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        n = len(packed) // 24
+        made: Tensor | tuple[Tensor, Tensor]
+        if name == "indices":
+            made = torch.frombuffer(packed, dtype=torch.int64, count=n)
+        elif name == "duals":
+            u, v = torch.split_with_sizes(torch.frombuffer(packed, dtype=torch.float64, offset=8 * n + 16), (n, n))
+            made = u, v
+        else:
+            at = 8 * n + (0 if name == "value" else 8)
+            made = torch.frombuffer(packed, dtype=torch.float64, count=1, offset=at)[0]
+        self.__dict__[name] = made
+        return made
+
 
 def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backend: str = "auto") -> Assignment:
     """Find the one-to-one match of rows to columns with the largest sum.
@@ -56,6 +75,12 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
 
     Source: docs/method.md rule 4.
     """
+    if duals is None and backend == "auto":
+        packed = assign_small(similarity)
+        if packed is not None:
+            found = object.__new__(Assignment)
+            found.__dict__["_packed"] = packed
+            return found
     matrix = _checked_similarity(similarity)
     n = matrix.shape[-1]
     batch = matrix.shape[:-2]

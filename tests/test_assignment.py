@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -253,6 +256,34 @@ def test_float32_at_the_ends_of_its_range(isa: str) -> None:
     for scale in (1e-40, 1e-36, 3e38):
         similarity = ((2 * make("uniform", 70, 3, torch.float64) - 1) * scale).float()
         check(similarity, mf.assign(similarity))
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 256, 257])
+def test_results_are_whole_however_they_are_read(n: int) -> None:
+    similarity = make("normal", n, n)
+    for read in (copy.deepcopy, copy.copy, lambda found: pickle.loads(pickle.dumps(found))):
+        found = mf.assign(similarity)
+        check(similarity, read(found))
+        check(similarity, found)
+        assert found.indices is found.indices
+    found = mf.assign(similarity)
+    u, v = found.duals
+    assert u.shape == v.shape == (n,)
+    assert found.block_indices is None
+    assert repr(found).startswith("Assignment(indices=tensor(")
+    with pytest.raises(AttributeError, match="'Assignment' object has no attribute 'index'"):
+        found.index  # noqa: B018
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.gap = found.value  # type: ignore[misc]
+
+
+def test_tensors_marked_negative(isa: str) -> None:
+    """The imaginary part of a conjugate is a view whose elements are to be read with the other sign."""
+    for n in (5, 300):
+        numbers = torch.complex(torch.zeros(n, n), make("normal", n, 0))
+        view = numbers.conj().imag
+        assert view.is_neg()
+        check(view.resolve_neg(), mf.assign(view))
 
 
 def test_inputs_are_not_changed_and_gradients_are_detached() -> None:

@@ -48,6 +48,8 @@ struct ZipArgs {
     Poll poll;
 };
 
+constexpr int kSmallAssignment = 256;  // up to this size, assign reads whole rows
+
 // assign: for each matrix of a batch the one-to-one match of rows to columns with the largest sum (docs/method.md rule
 // 4).
 struct AssignArgs {

@@ -77,6 +77,10 @@ def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tenso
     _core.assign(similarity, start, indices, out, torch.get_num_threads())
 
 
+# One small matrix: indices, value, gap, u and v as bytes, or None for anything that ``assign`` has to see.
+assign_small = _core.assign_small
+
+
 def covariance(width: int, models: int, cross: bool, device: torch.device) -> CpuCovariance:
     """Make the empty accumulators of a ``mudsc_fast.Covariance``."""
     return CpuCovariance(width, models, cross, device)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/assign_lists.h"
+#include "cpu/kernels/assign_memory.h"
 #include "cpu/parallel.h"
 #include "cpu/status.h"
 
@@ -10,38 +11,12 @@ namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
-#ifdef MUDSC_ASSIGN_STATS
-static int64_t stat_steps, stat_rebuilds, stat_dense, stat_paths, stat_pops, stat_entries, stat_free0, stat_duals;
-#define MUDSC_STAT(x) (x)
-static int tune_passes = 3, tune_budget8 = 32, tune_least = 0, tune_room = 0, tune_wide = 0, tune_first = 0;
-static double tune_a = 0, tune_b = 0, tune_c = 0, tune_d = 0;
-#else
-#define MUDSC_STAT(x) ((void)0)
-#endif
-
-constexpr double kFar = INFINITY;
 constexpr double kNarrowest = 1e30;  // prices beyond it might overflow float32
 
 struct Choice {
     double first, second;  // the two largest reduced values of a row
     int column;            // of the first
     double s;              // its matrix entry
-};
-
-// Cuts pieces from one block of memory; with a null block it only counts.
-class Carver {
-  public:
-    explicit Carver(char* base) : base_(base) {}
-    template <class U>
-    void take(U** pointer, int64_t count) {
-        if (base_ != nullptr) *pointer = reinterpret_cast<U*>(base_ + used_);
-        used_ += (count * static_cast<int64_t>(sizeof(U)) + kCacheLine - 1) / kCacheLine * kCacheLine;
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* base_;
-    int64_t used_ = 0;
 };
 
 // Prices are float64 whatever the matrix holds, so a float32 matrix is solved exactly too. Its rows are scanned in

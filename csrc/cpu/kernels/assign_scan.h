@@ -114,8 +114,8 @@ inline double shorten(const T* row, const double* v, int n, double level, int i,
     const Vec<double> at = Vec<double>::all(level);
     Vec<double> least[2] = {Vec<double>::all(static_cast<double>(INFINITY)),
                             Vec<double>::all(static_cast<double>(INFINITY))};
-    const auto step = [&](const T* s, int j, int k) {
-        const Vec<double> length = at - (Vec<double>::load(s) - Vec<double>::load(v + j));
+    const auto step = [&](Vec<double> s, int j, int k) {
+        const Vec<double> length = at - (s - Vec<double>::load(v + j));
         const Vec<double> old = Vec<double>::load(key + j);
         const uint64_t shorter = gt(old, length);
         const Vec<double> best = vmin(length, old);
@@ -125,19 +125,13 @@ inline double shorten(const T* row, const double* v, int n, double level, int i,
     };
     int j = 0;
     for (; j + 2 * lanes <= n; j += 2 * lanes) {
-        step(row + j, j, 0);
-        step(row + j + lanes, j + lanes, 1);
+        step(Vec<double>::load(row + j), j, 0);
+        step(Vec<double>::load(row + j + lanes), j + lanes, 1);
     }
     for (; j < n; j += lanes) {
-        T tail[lanes];
-        memset(tail, 0, sizeof tail);
-        memcpy(tail, row + j, static_cast<size_t>(n - j < lanes ? n - j : lanes) * sizeof(T));
-        step(tail, j, 0);
+        step(Vec<double>::load_some(row + j, n - j), j, 0);
     }
-    double lane[lanes], result = static_cast<double>(INFINITY);
-    vmin(least[0], least[1]).store(lane);
-    for (int k = 0; k < lanes; ++k) result = lane[k] < result ? lane[k] : result;
-    return result;
+    return lowest(vmin(least[0], least[1]));
 }
 
 // The first position of a value that is there.

@@ -34,6 +34,8 @@ struct Vec<float> {
     static constexpr int lanes = 16;
     __m512 x;
     static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Vec load_some(const float* p, int count) { return {_mm512_maskz_loadu_ps(first_bits(count), p)}; }
+    static __mmask16 first_bits(int count) { return static_cast<__mmask16>((1u << count) - 1); }
     static Vec all(float a) { return {_mm512_set1_ps(a)}; }
     void store(float* p) const { _mm512_storeu_ps(p, x); }
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
@@ -41,7 +43,6 @@ struct Vec<float> {
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
     friend Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
     friend Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
-    friend float lowest(Vec a) { return _mm512_reduce_min_ps(a.x); }
     friend uint64_t ge(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GE_OQ); }
     friend uint64_t gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ); }
 };
@@ -52,14 +53,19 @@ struct Vec<double> {
     __m512d x;
     static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
     static Vec load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+    static Vec load_some(const double* p, int count) { return {_mm512_maskz_loadu_pd(first_bits(count), p)}; }
+    static Vec load_some(const float* p, int count) {
+        return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(first_bits(count), p))};
+    }
+    static __mmask8 first_bits(int count) { return static_cast<__mmask8>((1u << count) - 1); }
     static Vec all(double a) { return {_mm512_set1_pd(a)}; }
     void store(double* p) const { _mm512_storeu_pd(p, x); }
+    double first() const { return _mm512_cvtsd_f64(x); }
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.x, b.x)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.x, b.x)}; }
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.x, b.x)}; }
     friend Vec vmax(Vec a, Vec b) { return {_mm512_max_pd(a.x, b.x)}; }
     friend Vec vmin(Vec a, Vec b) { return {_mm512_min_pd(a.x, b.x)}; }
-    friend double lowest(Vec a) { return _mm512_reduce_min_pd(a.x); }
     friend uint64_t ge(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.x, b.x, _CMP_GE_OQ); }
     friend uint64_t gt(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.x, b.x, _CMP_GT_OQ); }
 };
@@ -71,6 +77,10 @@ struct Vec<float> {
     static constexpr int lanes = 8;
     __m256 x;
     static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static Vec load_some(const float* p, int count) { return {_mm256_maskload_ps(p, first_lanes(count))}; }
+    static __m256i first_lanes(int count) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
     static Vec all(float a) { return {_mm256_set1_ps(a)}; }
     void store(float* p) const { _mm256_storeu_ps(p, x); }
     friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
@@ -88,8 +98,16 @@ struct Vec<double> {
     __m256d x;
     static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
     static Vec load(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+    static Vec load_some(const double* p, int count) {
+        return {_mm256_maskload_pd(p, _mm256_cvtepi32_epi64(first_lanes(count)))};
+    }
+    static Vec load_some(const float* p, int count) {
+        return {_mm256_cvtps_pd(_mm_maskload_ps(p, first_lanes(count)))};
+    }
+    static __m128i first_lanes(int count) { return _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(0, 1, 2, 3)); }
     static Vec all(double a) { return {_mm256_set1_pd(a)}; }
     void store(double* p) const { _mm256_storeu_pd(p, x); }
+    double first() const { return _mm256_cvtsd_f64(x); }
     friend Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.x, b.x)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_pd(a.x, b.x)}; }
     friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.x, b.x)}; }
@@ -118,12 +136,19 @@ struct Vec {
         memcpy(&r.x, p, sizeof(V));
         return r;
     }
+    template <class T>
+    static Vec load_some(const T* p, int count) {
+        Vec r = all(0);
+        for (int k = 0; k < lanes && k < count; ++k) r.x[k] = (C)p[k];
+        return r;
+    }
     static Vec all(C a) {
         Vec r;
         for (int k = 0; k < lanes; ++k) r.x[k] = a;
         return r;
     }
     void store(C* p) const { memcpy(p, &x, sizeof(V)); }
+    C first() const { return x[0]; }
     friend Vec operator+(Vec a, Vec b) { return {a.x + b.x}; }
     friend Vec operator-(Vec a, Vec b) { return {a.x - b.x}; }
     friend Vec operator*(Vec a, Vec b) { return {a.x * b.x}; }
@@ -143,18 +168,145 @@ struct Vec {
 
 #endif
 
-#if !defined(__AVX512F__)
-// The smallest of a vector's lanes.
+// Reductions over the lanes of a vector: the smallest, the largest, and the two largest of all lanes where `first` and
+// `second` hold the two largest seen by each lane.
+#if defined(__AVX2__)
+
+inline __m128d upper_half(__m256d a) { return _mm256_extractf128_pd(a, 1); }
+inline __m128 upper_half(__m256 a) { return _mm256_extractf128_ps(a, 1); }
+
+inline void top_two(__m256d first, __m256d second, double* a, double* b) {
+    const __m128d f1 = _mm256_castpd256_pd128(first), f2 = upper_half(first);
+    const __m128d s1 = _mm_max_pd(_mm_max_pd(_mm256_castpd256_pd128(second), upper_half(second)), _mm_min_pd(f1, f2));
+    const __m128d f = _mm_max_pd(f1, f2), g = _mm_unpackhi_pd(f, f);
+    *a = _mm_cvtsd_f64(_mm_max_sd(f, g));
+    *b = _mm_cvtsd_f64(_mm_max_sd(_mm_max_sd(s1, _mm_unpackhi_pd(s1, s1)), _mm_min_sd(f, g)));
+}
+
+inline void top_two(__m256 first, __m256 second, float* a, float* b) {
+    const __m128 f1 = _mm256_castps256_ps128(first), f2 = upper_half(first);
+    __m128 s = _mm_max_ps(_mm_max_ps(_mm256_castps256_ps128(second), upper_half(second)), _mm_min_ps(f1, f2));
+    __m128 f = _mm_max_ps(f1, f2), g = _mm_movehl_ps(f, f);
+    s = _mm_max_ps(_mm_max_ps(s, _mm_movehl_ps(s, s)), _mm_min_ps(f, g));
+    f = _mm_max_ps(f, g);
+    g = _mm_movehdup_ps(f);
+    *a = _mm_cvtss_f32(_mm_max_ss(f, g));
+    *b = _mm_cvtss_f32(_mm_max_ss(_mm_max_ss(s, _mm_movehdup_ps(s)), _mm_min_ss(f, g)));
+}
+
+inline double lowest(__m256d a) {
+    const __m128d b = _mm_min_pd(_mm256_castpd256_pd128(a), upper_half(a));
+    return _mm_cvtsd_f64(_mm_min_sd(b, _mm_unpackhi_pd(b, b)));
+}
+
+inline float lowest(__m256 a) {
+    __m128 b = _mm_min_ps(_mm256_castps256_ps128(a), upper_half(a));
+    b = _mm_min_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_min_ss(b, _mm_movehdup_ps(b)));
+}
+
+inline double highest(__m256d a) {
+    const __m128d b = _mm_max_pd(_mm256_castpd256_pd128(a), upper_half(a));
+    return _mm_cvtsd_f64(_mm_max_sd(b, _mm_unpackhi_pd(b, b)));
+}
+
+#if defined(__AVX512F__)
+
+inline __m256d upper_half(__m512d a) { return _mm512_extractf64x4_pd(a, 1); }
+inline __m256 upper_half(__m512 a) { return _mm512_extractf32x8_ps(a, 1); }
+
+inline void top_two(Vec<double> first, Vec<double> second, double* a, double* b) {
+    const __m256d f1 = _mm512_castpd512_pd256(first.x), f2 = upper_half(first.x);
+    const __m256d s = _mm256_max_pd(_mm512_castpd512_pd256(second.x), upper_half(second.x));
+    top_two(_mm256_max_pd(f1, f2), _mm256_max_pd(s, _mm256_min_pd(f1, f2)), a, b);
+}
+inline void top_two(Vec<float> first, Vec<float> second, float* a, float* b) {
+    const __m256 f1 = _mm512_castps512_ps256(first.x), f2 = upper_half(first.x);
+    const __m256 s = _mm256_max_ps(_mm512_castps512_ps256(second.x), upper_half(second.x));
+    top_two(_mm256_max_ps(f1, f2), _mm256_max_ps(s, _mm256_min_ps(f1, f2)), a, b);
+}
+inline double lowest(Vec<double> a) { return lowest(_mm256_min_pd(_mm512_castpd512_pd256(a.x), upper_half(a.x))); }
+inline float lowest(Vec<float> a) { return lowest(_mm256_min_ps(_mm512_castps512_ps256(a.x), upper_half(a.x))); }
+inline double highest(Vec<double> a) { return highest(_mm256_max_pd(_mm512_castpd512_pd256(a.x), upper_half(a.x))); }
+inline Vec<double> lowest_in_all(Vec<double> a) {
+    const __m512d b = _mm512_min_pd(a.x, _mm512_shuffle_f64x2(a.x, a.x, 0x4e));
+    const __m512d c = _mm512_min_pd(b, _mm512_shuffle_f64x2(b, b, 0xb1));
+    return {_mm512_min_pd(c, _mm512_permute_pd(c, 0x55))};
+}
+
+#else
+
+template <class C>
+inline void top_two(Vec<C> first, Vec<C> second, C* a, C* b) {
+    top_two(first.x, second.x, a, b);
+}
 template <class C>
 inline C lowest(Vec<C> a) {
-    C lane[Vec<C>::lanes];
-    a.store(lane);
-    for (int w = Vec<C>::lanes / 2; w >= 1; w /= 2) {
-        for (int k = 0; k < w; ++k) lane[k] = lane[k] < lane[k + w] ? lane[k] : lane[k + w];
-    }
-    return lane[0];
+    return lowest(a.x);
 }
+inline double highest(Vec<double> a) { return highest(a.x); }
+inline Vec<double> lowest_in_all(Vec<double> a) {
+    const __m256d b = _mm256_min_pd(a.x, _mm256_permute2f128_pd(a.x, a.x, 1));
+    return {_mm256_min_pd(b, _mm256_permute_pd(b, 5))};
+}
+
 #endif
+#else
+
+template <class C>
+inline void top_two(Vec<C> first, Vec<C> second, C* a, C* b) {
+    C f = first.x[0], s = second.x[0];
+    for (int k = 1; k < Vec<C>::lanes; ++k) {
+        const C x = first.x[k], low = x < f ? x : f, y = second.x[k] > low ? second.x[k] : low;
+        s = y > s ? y : s;
+        f = x > f ? x : f;
+    }
+    *a = f;
+    *b = s;
+}
+template <class C>
+inline C lowest(Vec<C> a) {
+    C least = a.x[0];
+    for (int k = 1; k < Vec<C>::lanes; ++k) least = a.x[k] < least ? a.x[k] : least;
+    return least;
+}
+template <class C>
+inline C highest(Vec<C> a) {
+    C most = a.x[0];
+    for (int k = 1; k < Vec<C>::lanes; ++k) most = a.x[k] > most ? a.x[k] : most;
+    return most;
+}
+inline Vec<double> lowest_in_all(Vec<double> a) { return Vec<double>::all(lowest(a)); }
+
+#endif
+
+// Adds to one lane of the vector in memory. Read and written whole, so that the next load of it need not wait until a
+// smaller store has left the store queue.
+inline void add_at(double* p, int lane, double value) {
+#if defined(__AVX512F__)
+    const __m512d old = _mm512_loadu_pd(p);
+    _mm512_storeu_pd(p, _mm512_mask_add_pd(old, static_cast<__mmask8>(1u << lane), old, _mm512_set1_pd(value)));
+#elif defined(__AVX2__)
+    const __m256i here = _mm256_cmpeq_epi64(_mm256_set1_epi64x(lane), _mm256_setr_epi64x(0, 1, 2, 3));
+    const __m256d old = _mm256_loadu_pd(p), by = _mm256_and_pd(_mm256_set1_pd(value), _mm256_castsi256_pd(here));
+    _mm256_storeu_pd(p, _mm256_add_pd(old, by));
+#else
+    p[lane] += value;
+#endif
+}
+
+// Sets one lane of the vector in memory; read and written whole as above.
+inline void put_at(double* p, int lane, double value) {
+#if defined(__AVX512F__)
+    _mm512_storeu_pd(p,
+                     _mm512_mask_mov_pd(_mm512_loadu_pd(p), static_cast<__mmask8>(1u << lane), _mm512_set1_pd(value)));
+#elif defined(__AVX2__)
+    const __m256i here = _mm256_cmpeq_epi64(_mm256_set1_epi64x(lane), _mm256_setr_epi64x(0, 1, 2, 3));
+    _mm256_storeu_pd(p, _mm256_blendv_pd(_mm256_loadu_pd(p), _mm256_set1_pd(value), _mm256_castsi256_pd(here)));
+#else
+    p[lane] = value;
+#endif
+}
 
 // Writes `value` to p[k] where bit k of mask is set, for the lanes of a Vec<double>.
 inline void put_where(uint64_t mask, int32_t value, int32_t* p) {

@@ -5,19 +5,20 @@
 //   4. Row duals as exact maxima, and the duality gap that proves the result.
 #pragma once
 
+#include "cpu/kernels.h"
 #include "cpu/kernels/assign_bidding.h"
 #include "cpu/kernels/assign_paths.h"
+#include "cpu/kernels/assign_small.h"
 
 namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
-struct Outcome {
-    double taken = 0;  // sum of the entries taken
-    double size = 0;   // sum of their magnitudes
-    double duals = 0;  // sum of the magnitudes of all duals
-    double gap = 0;    // sum(u) + sum(v) - taken, added up row by row so that large duals do not hide it
-};
+#ifdef MUDSC_ASSIGN_STATS
+static int kSmall = kSmallAssignment;
+#else
+constexpr int kSmall = kSmallAssignment;
+#endif
 
 template <class T>
 class Solver {
@@ -25,11 +26,16 @@ class Solver {
     // Scratch for problems of size n, reused from one to the next.
     bool allocate(int n, int threads) {
         threads_ = threads;
+        is_small_ = n <= kSmall;
         for (int pass = 0; pass < 2; ++pass) {
             Carver memory(pass == 0 ? nullptr : memory_.get());
-            market_.carve(memory, n);
-            paths_.carve(memory, n);
-            memory.take(&displaced_, n);
+            if (is_small_) {
+                small_.carve(memory, n);
+            } else {
+                market_.carve(memory, n);
+                paths_.carve(memory, n);
+                memory.take(&displaced_, n);
+            }
             if (pass == 0 && !memory_.allocate(memory.used())) return false;
         }
         return true;
@@ -39,6 +45,7 @@ class Solver {
     // not_converged: the duals left the range of float64.
     Status solve(const T* s, int64_t stride, const double* start, Poll poll, int64_t* indices, double* u, double* v,
                  Outcome* outcome) {
+        if (is_small_) return small_.solve(s, stride, start, indices, u, v, outcome);
         const int n = market_.size();
         market_.begin(s, stride, threads_, poll, start);
         paths_.begin(n);
@@ -56,16 +63,15 @@ class Solver {
             indices[i] = j;
             v[i] = market_.price(i);
             u[i] = market_.row_dual(i);
-            outcome->gap += u[i] - (entry - market_.price(j));
-            outcome->taken += entry;
-            outcome->size += fabs(entry);
-            outcome->duals += fabs(u[i]) + fabs(v[i]);
+            outcome->add(entry, u[i], v[i], market_.price(j));
         }
         return Status::ok;
     }
 
   private:
     int threads_ = 1;
+    bool is_small_ = false;
+    SmallSolver<T> small_;
     Buffer<char> memory_;
     Market<T> market_;
     Paths<T> paths_;

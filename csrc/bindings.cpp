@@ -456,7 +456,7 @@ void assign_cuda(const py::object& similarity_obj, const std::optional<py::objec
 
 // One small matrix as it is: indices, value, gap, u and v as bytes, in this order; or None when the call above has to
 // be made, which has checks and errors for everything else. Most of the time of a small problem is Python's otherwise.
-py::object assign_small(const py::handle& similarity_obj) {
+py::object assign_lone(const py::handle& similarity_obj) {
     if (!Torch::is_tensor(similarity_obj) || !Torch::is_cpu(similarity_obj)) return py::none();
     TensorArg similarity(similarity_obj, "similarity");
     const int64_t n = similarity->ndim == 2 ? similarity->shape[0] : 0;
@@ -485,6 +485,82 @@ py::object assign_small(const py::handle& similarity_obj) {
         status = table.assign(a);
     }
     return status == Status::ok ? bytes : py::none();
+}
+
+// The `room` best columns of some rows at prices v, and bounds on the others; maxima, where it is given, takes every
+// row's largest reduced value.
+void assign_tile(const py::object& tile_obj, int64_t first_row, const py::object& v_obj, int64_t room,
+                 const py::object& columns_obj, const py::object& values_obj, const py::object& threshold_obj,
+                 const std::optional<py::object>& maxima_obj, int threads) {
+    TensorArg tile(tile_obj, "tile"), v(v_obj, "v"), columns(columns_obj, "columns"), values(values_obj, "values"),
+        threshold(threshold_obj, "threshold");
+    require(!tile->cuda && tile->ndim == 2 && (tile->shape[1] < 2 || tile->strides[1] == 1),
+            "tile: expected a CPU matrix with contiguous rows");
+    mudsc::AssignTileArgs a{};
+    a.dtype = tile->dtype;
+    a.tile = tile->data;
+    a.rows = tile->shape[0];
+    a.n = tile->shape[1];
+    a.row_stride = tile->strides[0];
+    a.first_row = first_row;
+    a.v = vector_of<double>(v, Dtype::f64, a.n, "v");
+    a.room = room;
+    require(room >= 0 && room <= a.n, "room: out of range");
+    a.columns = vector_of<int32_t>(columns, Dtype::i32, a.rows * room, "columns");
+    a.values = vector_of<double>(values, Dtype::f64, a.rows * room, "values");
+    a.threshold = vector_of<double>(threshold, Dtype::f64, room > 0 ? a.rows : 0, "threshold");
+    std::optional<TensorArg> maxima;
+    if (maxima_obj) {
+        maxima.emplace(*maxima_obj, "maxima");
+        a.maxima = vector_of<double>(*maxima, Dtype::f64, a.rows, "maxima");
+    }
+    a.threads = threads;
+    SignalPoll signals;
+    a.poll = signals.poll();
+    Status status;
+    {
+        const KernelTable& table = mudsc::kernels();
+        py::gil_scoped_release release;
+        status = table.assign_tile(a);
+    }
+    check(status, "tile");
+}
+
+// Matches what the lists can tell; returns the number of rows without a column. v, column_of and wanted are written.
+int64_t assign_lists(const py::object& ptr_obj, const py::object& columns_obj, const py::object& values_obj,
+                     const py::object& keys_obj, const py::object& threshold_obj, const py::object& v_obj,
+                     const py::object& column_of_obj, const py::object& wanted_obj) {
+    TensorArg ptr(ptr_obj, "ptr"), columns(columns_obj, "columns"), values(values_obj, "values"),
+        keys(keys_obj, "keys"), threshold(threshold_obj, "threshold"), v(v_obj, "v"),
+        column_of(column_of_obj, "column_of"), wanted(wanted_obj, "wanted");
+    mudsc::AssignListsArgs a{};
+    require(v->ndim == 1, "v: expected a vector");
+    a.n = v->shape[0];
+    a.v = vector_of<double>(v, Dtype::f64, a.n, "v");
+    a.ptr = vector_of<int64_t>(ptr, Dtype::i64, a.n + 1, "ptr");
+    require(a.ptr[0] == 0, "ptr: must start at 0");
+    for (int64_t i = 0; i < a.n; ++i) require(a.ptr[i] <= a.ptr[i + 1], "ptr: must not fall");
+    const int64_t total = a.ptr[a.n];
+    a.columns = vector_of<int32_t>(columns, Dtype::i32, total, "columns");
+    for (int64_t k = 0; k < total; ++k) require(a.columns[k] >= 0 && a.columns[k] < a.n, "columns: out of range");
+    a.values = vector_of<double>(values, Dtype::f64, total, "values");
+    a.keys = vector_of<double>(keys, Dtype::f64, total, "keys");
+    a.threshold = vector_of<double>(threshold, Dtype::f64, a.n, "threshold");
+    a.column_of = vector_of<int64_t>(column_of, Dtype::i64, a.n, "column_of");
+    for (int64_t i = 0; i < a.n; ++i) require(a.column_of[i] >= -1 && a.column_of[i] < a.n, "column_of: out of range");
+    a.wanted = vector_of<uint8_t>(wanted, Dtype::u8, a.n, "wanted");
+    int64_t free_rows = 0;
+    a.free_rows = &free_rows;
+    SignalPoll signals;
+    a.poll = signals.poll();
+    Status status;
+    {
+        const KernelTable& table = mudsc::kernels();
+        py::gil_scoped_release release;
+        status = table.assign_lists(a);
+    }
+    check(status, "lists");
+    return free_rows;
 }
 
 // ---- ceilings, for benchmarks ----
@@ -775,7 +851,11 @@ PYBIND11_MODULE(_core, m) {
           py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"));
     m.def("assign", &assign, py::arg("similarity"), py::arg("start"), py::arg("indices"), py::arg("out"),
           py::arg("threads"));
-    m.def("assign_small", &assign_small, py::arg("similarity"));
+    m.def("assign_lone", &assign_lone, py::arg("similarity"));
+    m.def("assign_tile", &assign_tile, py::arg("tile"), py::arg("first_row"), py::arg("v"), py::arg("room"),
+          py::arg("columns"), py::arg("values"), py::arg("threshold"), py::arg("maxima"), py::arg("threads"));
+    m.def("assign_lists", &assign_lists, py::arg("ptr"), py::arg("columns"), py::arg("values"), py::arg("keys"),
+          py::arg("threshold"), py::arg("v"), py::arg("column_of"), py::arg("wanted"));
     m.attr("gram_panel") = mudsc::kGramPanel;
     m.attr("gram_depth") = mudsc::kGramDepth;
     m.def("covariance_sizes", &covariance_sizes, py::arg("width"), py::arg("models"), py::arg("cross"));

@@ -12,6 +12,8 @@ _EXPORTS = {
     "covariance": ("Covariance",),
     "similarity": ("Term", "weight_similarity", "dual_similarity"),
     "assignment": ("Assignment", "assign", "assign_blocks"),
+    "tiles": ("MatrixTiles", "SimilarityTiles", "Tiles"),
+    "tiled_assignment": ("assign_tiled",),
     "zipping": ("Zip", "zip_units"),
     "regrouping": ("regroup",),
     "spec": ("Axis", "PermutationSpec", "Space", "Tap"),

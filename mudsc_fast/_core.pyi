@@ -54,7 +54,28 @@ def zip(
     owner: Tensor,
     threads: int,
 ) -> tuple[float, int]: ...
-def assign_small(similarity: Tensor) -> bytearray | None: ...
+def assign_lone(similarity: Tensor) -> bytearray | None: ...
+def assign_tile(
+    tile: Tensor,
+    first_row: int,
+    v: Tensor,
+    room: int,
+    columns: Tensor,
+    values: Tensor,
+    threshold: Tensor,
+    maxima: Tensor | None,
+    threads: int,
+) -> None: ...
+def assign_lists(
+    ptr: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    keys: Tensor,
+    threshold: Tensor,
+    v: Tensor,
+    column_of: Tensor,
+    wanted: Tensor,
+) -> int: ...
 def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor, threads: int) -> None: ...
 
 gram_panel: int

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import backends
-from mudsc_fast.backends.cpu import assign_small
+from mudsc_fast.backends.cpu import assign_lone
 
 # A float64 matrix whose duals leave the range of float64 is solved again with all entries times this.
 _DOWN = 2.0**-200
@@ -76,7 +76,7 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
     Source: docs/method.md rule 4.
     """
     if duals is None and backend == "auto":
-        packed = assign_small(similarity)
+        packed = assign_lone(similarity)
         if packed is not None:
             found = object.__new__(Assignment)
             found.__dict__["_packed"] = packed

@@ -104,7 +104,7 @@ def dual_similarity(
     use_weights = bool(terms) and (activation is None or balance > 0.0)
     if not use_weights and activation is not None:
         return activation.correlation_blocks(scope)
-    tables, width, device = _tables(terms)
+    tables, width, device = checked_tables(terms)
     models = len(tables[0])
     if activation is not None and (activation.models, activation.width) != (models, width):
         raise ValueError(
@@ -126,7 +126,7 @@ def _check_activation(activation: Covariance, scope: str) -> None:
         raise ValueError('activation: scope "full" needs a Covariance of scope "full", got "cross"')
 
 
-def _tables(terms: Sequence[Sequence[Entry]]) -> tuple[list[list[Table]], int, torch.device]:
+def checked_tables(terms: Sequence[Sequence[Entry]]) -> tuple[list[list[Table]], int, torch.device]:
     """Check the entries against each other; returns them with the number of units and the device."""
     tables: list[list[Table]] = []
     models, width, device = 0, 0, None

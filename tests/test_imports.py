@@ -22,7 +22,10 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.is_relative_to(ROO
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_core", "build"),
     ("backends",),
-    ("regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments", "selection"),
+    (
+        "regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments", "selection",
+        "tiles", "tiled_assignment",
+    ),
     ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),
     (

@@ -66,6 +66,37 @@ struct AssignArgs {
     Poll poll;
 };
 
+// assign_tile: for some rows of an n x n matrix the columns with the `room` largest s - v, and the largest s - v.
+struct AssignTileArgs {
+    Dtype dtype;       // f32 or f64
+    const void* tile;  // [rows, n], columns contiguous
+    int64_t rows, n, row_stride;
+    int64_t first_row;  // turns what is left out among equal columns from row to row
+    const double* v;    // [n] prices
+    int64_t room;       // at most n; 0: no lists
+    int32_t* columns;   // [rows, room] out
+    double* values;     // [rows, room] out: the entries
+    double* threshold;  // [rows] out: no column left out has a larger s - v
+    double* maxima;     // [rows] out, or null
+    int threads;
+    Poll poll;
+};
+
+// assign_lists: matches rows to columns on lists of each row's best columns, as far as the lists can tell.
+struct AssignListsArgs {
+    int64_t n;
+    const int64_t* ptr;       // [n + 1] where each row's list begins
+    const int32_t* columns;   // [ptr[n]]
+    const double* values;     // [ptr[n]] the entries
+    const double* keys;       // [ptr[n]] s - v when the list was made, falling along each list
+    const double* threshold;  // [n] bounds s - v of the columns left out
+    double* v;                // [n] prices; they only rise
+    int64_t* column_of;       // [n] in and out: the column of each row, or -1
+    uint8_t* wanted;          // [n] out: rows that need a new list
+    int64_t* free_rows;       // out: how many rows have no column
+    Poll poll;
+};
+
 constexpr int kGramPanel = 48;       // units of a packed panel, and of a block of accumulated products
 constexpr int64_t kGramDepth = 512;  // samples that a panel has room for
 constexpr int kMaxModels = 1 << 15;
@@ -140,6 +171,8 @@ struct KernelTable {
     Status (*regroup)(const RegroupArgs&);
     Status (*zip)(const ZipArgs&);
     Status (*assign)(const AssignArgs&);
+    Status (*assign_tile)(const AssignTileArgs&);
+    Status (*assign_lists)(const AssignListsArgs&);
     double (*peak_f32)(int64_t iterations, float* sink);   // flop done; for benchmarks
     double (*peak_bf16)(int64_t iterations, float* sink);  // 0 where there is no such instruction
     Status (*covariance_update)(const CovarianceUpdateArgs&);

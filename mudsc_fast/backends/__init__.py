@@ -84,11 +84,17 @@ SMALL_ASSIGN = 256
 
 # In order of preference for each device. "host" moves CUDA tensors to the CPU kernels and the result back.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu", "cpu", frozenset({"regroup", "zip", "assign", "assign_small", "covariance", "similarity"})),
+    Backend(
+        "cpu",
+        "cpu",
+        frozenset(
+            {"regroup", "zip", "assign", "assign_small", "assign_tile", "assign_lists", "covariance", "similarity"}
+        ),
+    ),
     Backend("cuda", "cuda", frozenset({"regroup", "zip", "assign_small"}), _why_no_cuda_kernels),
     Backend("triton", "cuda", frozenset({"covariance", "similarity"}), _why_no_triton),
     Backend("torch_device", "cuda", frozenset({"covariance"})),
-    Backend("host", "cuda", frozenset({"regroup", "zip", "assign", "assign_small", "similarity"})),
+    Backend("host", "cuda", frozenset({"regroup", "zip", "assign", "assign_small", "assign_tile", "similarity"})),
 )
 
 
@@ -96,7 +102,8 @@ def pick(op: str, device: torch.device | str, requested: str = "auto") -> Backen
     """Choose the backend that runs ``op`` on ``device``.
 
     Args:
-        op: "regroup", "zip", "assign", "assign_small" (n <= SMALL_ASSIGN), "covariance" or "similarity".
+        op: "regroup", "zip", "assign", "assign_small" (n <= SMALL_ASSIGN), "assign_tile", "assign_lists", "covariance"
+            or "similarity".
         device: where the tensors live.
         requested: a backend's name, or "auto" for the first usable one.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from mudsc_fast.backends.cpu_covariance import CpuCovariance, similarity_shape
 if TYPE_CHECKING:
     from mudsc_fast.covariance import Covariance
     from mudsc_fast.similarity import Table
+
+
+class Lists(Protocol):
+    """Columns of each row, row after row from ptr[i] on, by falling key (s - price when the list was made)."""
+
+    ptr: Tensor
+    columns: Tensor
+    values: Tensor
+    keys: Tensor
+    threshold: Tensor
+
 
 # Types that DLPack or the kernels do not know are moved as integers of the same size.
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -77,8 +88,37 @@ def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tenso
     _core.assign(similarity, start, indices, out, torch.get_num_threads())
 
 
+def assign_tile(tile: Tensor, first_row: int, prices: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the ``room`` columns of each row of a tile that are worth most at some prices.
+
+    Returns:
+        columns: (rows, room) int32, in any order; values: (rows, room) float64, their entries; threshold: (rows,)
+        float64, no column left out has a larger s - price; maxima: (rows,) float64, the largest s - price. CPU tensors.
+    """
+    rows = len(tile)
+    columns = torch.empty(rows * room, dtype=torch.int32)
+    values = torch.empty(rows * room, dtype=torch.float64)
+    threshold = torch.empty(rows if room else 0, dtype=torch.float64)
+    maxima = torch.empty(rows, dtype=torch.float64)
+    _core.assign_tile(tile, first_row, prices, room, columns, values, threshold, maxima, torch.get_num_threads())
+    return columns.view(rows, room), values.view(rows, room), threshold, maxima
+
+
+def assign_lists(lists: Lists, prices: Tensor, column_of: Tensor) -> tuple[int, Tensor]:
+    """Match rows on their lists as far as they can tell; writes prices and column_of.
+
+    Returns:
+        How many rows have no column, and which rows need a longer list.
+    """
+    wanted = torch.empty(len(prices), dtype=torch.uint8)
+    free = _core.assign_lists(
+        lists.ptr, lists.columns, lists.values, lists.keys, lists.threshold, prices, column_of, wanted
+    )
+    return free, wanted.nonzero()[:, 0]
+
+
 # One small matrix: indices, value, gap, u and v as bytes, or None for anything that ``assign`` has to see.
-assign_small = _core.assign_small
+assign_lone = _core.assign_lone
 
 
 def covariance(width: int, models: int, cross: bool, device: torch.device) -> CpuCovariance:

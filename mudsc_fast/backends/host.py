@@ -43,6 +43,11 @@ def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tenso
     out.copy_(written)
 
 
+def assign_tile(tile: Tensor, first_row: int, prices: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the best columns of some rows; see ``mudsc_fast.backends.cpu``."""
+    return cpu.assign_tile(tile.cpu(), first_row, prices, room)
+
+
 def similarity(
     tables: list[list[Table]],
     width: int,

@@ -186,10 +186,13 @@ def _dual(device: torch.device, backend: str) -> float:
     return _largest(found, wanted)
 
 
-def _assign(n: int) -> Callable[[torch.device, str], float]:
+def _assign(n: int, tiled: bool = False) -> Callable[[torch.device, str], float]:
     def error(device: torch.device, backend: str) -> float:
         similarity = torch.corrcoef(torch.randn(2 * n, 50, generator=_generator(4)))[:n, n:]
-        found = _call(mf.assign, backend, similarity.to(device))
+        if tiled:
+            found = _call(mf.assign_tiled, backend, mf.MatrixTiles(similarity.to(device)), candidates=8)
+        else:
+            found = _call(mf.assign, backend, similarity.to(device))
         indices = found.indices.cpu()
         if not torch.equal(indices.sort().values, torch.arange(n)):
             raise ValueError("the assignment is no permutation")
@@ -290,6 +293,8 @@ _CASES = (
     _Case("assign", "one to one", VALUE, _assign(backends.SMALL_ASSIGN + 44)),
     _Case("assign_small", "one to one", VALUE, _assign(_WIDTH)),
     _Case("assign_small", "blocks", VALUE, _assign_blocks),
+    _Case("assign_tile", "lists and proof", VALUE, _assign(_WIDTH, tiled=True)),
+    _Case("assign_lists", "one to one", VALUE, _assign(_WIDTH, tiled=True)),
     _Case("zip", "two models", VALUE, _zip(1, 2)),
     _Case("zip", "three models, blocks", VALUE, _zip(3, 3)),
     _Case("regroup", "float32, permutation", EXACT, _regroup(torch.float32, True)),

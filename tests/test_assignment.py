@@ -27,7 +27,7 @@ def test_random_problems(isa: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [63, 64, 65, 97, 128, 131, 200])
+@pytest.mark.parametrize("n", [63, 64, 65, 97, 128, 200, 256, 257, 320])  # rows whole to 256, lists above
 def test_sizes_around_the_runs_of_a_scan(isa: str, kind: str, n: int) -> None:
     for dtype in (torch.float32, torch.float64):
         similarity = make(kind, n, n, dtype)
@@ -62,9 +62,10 @@ def test_half_precision(isa: str, dtype: torch.dtype) -> None:
 
 def test_thresholds_beside_rounded_keys(isa: str) -> None:
     """A list scanned in float32 may hold keys below its threshold; a path must then look past the list's end."""
-    for seed in (80, 392):
-        similarity = make("line", 80, seed)
-        check(similarity, mf.assign(similarity))
+    for n, seeds in ((80, (80, 392)), (257, range(6)), (300, range(6))):
+        for seed in seeds:
+            similarity = make("line", n, seed)
+            check(similarity, mf.assign(similarity))
 
 
 def test_unique_optimum_is_scipys(isa: str) -> None:
@@ -140,7 +141,7 @@ def test_a_batch_of_strided_views_is_not_copied() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_starting_duals_do_not_change_the_value(isa: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    for n in (1, 2, 20, 80):
+    for n in (1, 2, 20, 80, 260):
         similarity = make(kind, n, n)
         size = float(similarity.abs().max())
         u, v = mf.assign(similarity).duals

@@ -23,8 +23,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_core", "build"),
     ("backends",),
     (
-        "regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments", "selection",
-        "tiles", "tiled_assignment",
+        "regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments",
+        "selection", "tiles", "tiled_assignment",
     ),
     ("layout", "axes", "law", "spec", "tracing"),
     ("specs",),

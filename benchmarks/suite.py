@@ -66,7 +66,8 @@ def _about(results: Sequence[Result], limits: dict[str, float], start: float, qu
         "machine": _machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": shlex.join(["mudsc-fast", *sys.argv[1:]]),
+        # Paths by their last part: the folders of the machine say nothing to a reader.
+        "command": shlex.join(["mudsc-fast", *(Path(a).name if os.sep in a else a for a in sys.argv[1:])]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "seconds": time.time() - start,
         "quick": quick,

@@ -34,6 +34,12 @@ def _taken(similarity: Tensor, indices: Tensor) -> float:
     return float(similarity.double().gather(-1, indices[..., None]).mean())
 
 
+def _read(result: mf.Assignment) -> mf.Assignment:
+    """A small problem's tensors are made when they are read: what the peers return counts for us too."""
+    _ = result.indices
+    return result
+
+
 def _single(family: str, n: int, target: float, rounds: int = 5) -> Row:
     best = _Best()
     held: dict[str, Tensor] = {}
@@ -41,7 +47,7 @@ def _single(family: str, n: int, target: float, rounds: int = 5) -> Row:
     def contenders() -> list[Contender]:
         similarity = FAMILIES[family](n, torch.Generator().manual_seed(n))
         held["similarity"] = similarity
-        found = [Contender(OURS, lambda: mf.assign(similarity))]
+        found = [Contender(OURS, lambda: _read(mf.assign(similarity)))]
         return found + [peer(similarity) for peer in ASSIGNMENT_PEERS]
 
     def error(name: str, result: Any) -> float:

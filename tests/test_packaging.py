@@ -152,7 +152,7 @@ def test_sdist_holds_all_that_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
     names = {member.name.split("/", 1)[1] for member in members if "/" in member.name}
-    assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "csrc/bindings.cpp"} <= names
+    assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "csrc/bindings/module.cpp"} <= names
     assert {"mudsc_fast/_core.pyi", "mudsc_fast/py.typed"} <= names
     assert not any(
         name.endswith((".so", ".pyc", ".o")) or name.startswith(("build/", ".venv/", "out/")) for name in names

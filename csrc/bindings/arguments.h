@@ -1,0 +1,207 @@
+// How the bindings take their arguments: every entry point reads its tensors, checks what guards memory, releases the
+// GIL and calls one kernel; names, shapes and values are checked by the Python function above it.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "tensor_view.h"
+
+namespace mudsc::bindings {
+
+namespace py = pybind11;
+
+// What is asked of torch at every call, without looking its names up again.
+class Torch {
+  public:
+    static bool is_tensor(const py::handle& object) { return py::type::handle_of(object).ptr() == names().tensor; }
+    static bool is_cpu(const py::handle& tensor) {
+        return checked(PyObject_GetAttr(tensor.ptr(), names().is_cpu)).ptr() == Py_True;
+    }
+    static bool is_neg(const py::handle& tensor) {
+        return checked(PyObject_CallMethodObjArgs(tensor.ptr(), names().is_neg, nullptr)).ptr() == Py_True;
+    }
+    static py::object to_dlpack(const py::handle& tensor) {
+        return checked(PyObject_CallFunctionObjArgs(names().to_dlpack, tensor.ptr(), nullptr));
+    }
+
+  private:
+    struct Names {
+        PyObject* tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+        PyObject* to_dlpack = py::object(py::module_::import("torch.utils.dlpack").attr("to_dlpack")).release().ptr();
+        PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+        PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+    };
+    static const Names& names() {
+        static const Names* found = new Names;  // never freed: the interpreter may be gone by then
+        return *found;
+    }
+    static py::object checked(PyObject* result) {
+        if (result == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(result);
+    }
+};
+
+// A tensor argument: takes any object with __dlpack__ and keeps its memory alive until the call ends.
+class TensorArg {
+  public:
+    TensorArg(const py::handle& object, const char* name)
+        : managed_(exported(object, name)), view_(managed_->tensor, name) {}
+    TensorArg(TensorArg&& other) noexcept : managed_(other.managed_), view_(other.view_) { other.managed_ = nullptr; }
+    TensorArg(const TensorArg&) = delete;
+    TensorArg& operator=(const TensorArg&) = delete;
+    ~TensorArg() {
+        if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
+    }
+    const TensorView* operator->() const { return &view_; }
+    const TensorView& operator*() const { return view_; }
+
+  private:
+    static dlpack::ManagedTensor* exported(const py::handle& object, const char* name) {
+        const bool quick = is_cpu_tensor(object);
+        if (!quick && !py::hasattr(object, "__dlpack__")) {
+            throw py::type_error(std::string(name) + ": expected a tensor, got " +
+                                 std::string(py::str(py::type::handle_of(object).attr("__name__"))));
+        }
+        py::object capsule = quick ? to_dlpack(object) : object.attr("__dlpack__")();
+        auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+        if (managed == nullptr) throw py::error_already_set();
+        PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+        return managed;
+    }
+
+    static bool is_cpu_tensor(const py::handle& object) { return Torch::is_tensor(object) && Torch::is_cpu(object); }
+
+    // torch's own function is ten times as quick as the method, whose checks are about gradients and CUDA streams. It
+    // drops the mark of a tensor whose elements are to be read with the other sign.
+    static py::object to_dlpack(const py::handle& object) {
+        return Torch::is_neg(object) ? Torch::to_dlpack(object.attr("resolve_neg")()) : Torch::to_dlpack(object);
+    }
+
+    dlpack::ManagedTensor* managed_;
+    TensorView view_;
+};
+
+inline void require(bool condition, const char* message) {
+    if (!condition) throw py::value_error(message);
+}
+
+inline void require_cpu(const TensorArg& t, Dtype dtype, int ndim, const char* name) {
+    if (t->cuda || t->dtype != dtype || t->ndim != ndim) {
+        throw py::value_error(std::string(name) + ": wrong device, dtype or number of dimensions");
+    }
+}
+
+// A contiguous CPU vector of a known length, or an error.
+template <typename T>
+T* vector_of(const TensorArg& t, Dtype dtype, int64_t length, const char* name) {
+    require_cpu(t, dtype, 1, name);
+    if (t->shape[0] != length || (length > 1 && t->strides[0] != 1)) {
+        throw py::value_error(std::string(name) + ": expected a contiguous vector of length " + std::to_string(length));
+    }
+    return t->as<T>();
+}
+
+// Lets Ctrl-C end a long kernel: asks Python for pending signals at most every 20 ms.
+class SignalPoll {
+  public:
+    Poll poll() { return Poll{&SignalPoll::stop, this}; }
+    bool raised() const { return raised_; }
+
+  private:
+    static bool stop(void* self_ptr) {
+        auto* self = static_cast<SignalPoll*>(self_ptr);
+        const auto now = std::chrono::steady_clock::now();
+        if (self->raised_ || now - self->last_ < std::chrono::milliseconds(20)) return self->raised_;
+        self->last_ = now;
+        py::gil_scoped_acquire gil;
+        self->raised_ = PyErr_CheckSignals() != 0;
+        return self->raised_;
+    }
+    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+    bool raised_ = false;
+};
+
+inline void check(Status status, const char* op) {
+    switch (status) {
+        case Status::ok: return;
+        case Status::no_memory: PyErr_SetString(PyExc_MemoryError, op); throw py::error_already_set();
+        case Status::interrupted: throw py::error_already_set();  // PyErr_CheckSignals has set it
+        case Status::not_finite:
+            throw py::value_error(std::string(op) + ": expected finite values, got NaN or infinity");
+        case Status::not_symmetric: throw py::value_error("similarity: expected a symmetric matrix");
+        case Status::infeasible: throw py::value_error(std::string(op) + ": no allowed pair is left");
+        case Status::not_converged:
+            throw std::runtime_error(std::string(op) + ": the result could not be proven optimal");
+        case Status::unsupported: throw py::type_error(std::string(op) + ": unsupported dtype");
+    }
+}
+
+// A contiguous CPU tensor of a known number of elements, whatever its shape.
+template <typename T>
+T* flat_of(const TensorArg& t, Dtype dtype, int64_t length, const char* name) {
+    int64_t expected = 1;
+    bool contiguous = !t->cuda && t->dtype == dtype && t->numel() == length;
+    for (int d = t->ndim - 1; d >= 0; --d) {
+        contiguous = contiguous && (t->shape[d] == 1 || t->strides[d] == expected);
+        expected *= t->shape[d];
+    }
+    if (!contiguous) {
+        throw py::value_error(std::string(name) + ": expected a contiguous CPU tensor of " + std::to_string(length) +
+                              " elements");
+    }
+    return t->as<T>();
+}
+
+#ifdef MUDSC_FAST_CUDA_ARCHS
+// A contiguous CUDA tensor on the device of another, of a known number of elements, or an error.
+template <typename T>
+T* device_flat_of(const TensorArg& t, const TensorArg& beside, Dtype dtype, int64_t length, const char* name) {
+    int64_t expected = 1;
+    bool contiguous = t->cuda && t->device == beside->device && t->dtype == dtype && t->numel() == length;
+    for (int d = t->ndim - 1; d >= 0; --d) {
+        contiguous = contiguous && (t->shape[d] == 1 || t->strides[d] == expected);
+        expected *= t->shape[d];
+    }
+    if (!contiguous) {
+        throw py::value_error(std::string(name) + ": expected a contiguous tensor of " + std::to_string(length) +
+                              " elements on the similarity's device");
+    }
+    return t->as<T>();
+}
+
+// Calls a CUDA kernel's launcher without the GIL; what it says went wrong becomes an exception.
+template <typename Fn>
+void launch(const Fn& fn) {
+    std::string error;
+    {
+        py::gil_scoped_release release;
+        error = fn();
+    }
+    if (!error.empty()) throw std::runtime_error(error);
+}
+#endif
+
+// Calls a kernel of the instruction set in use without the GIL.
+template <typename Fn>
+Status without_gil(const Fn& fn) {
+    const KernelTable& table = kernels();
+    py::gil_scoped_release release;
+    return fn(table);
+}
+
+// One file an op: each adds its functions to the module.
+void bind_regroup(py::module_& m);
+void bind_zip(py::module_& m);
+void bind_assign(py::module_& m);
+void bind_covariance(py::module_& m);
+void bind_similarity(py::module_& m);
+
+}  // namespace mudsc::bindings

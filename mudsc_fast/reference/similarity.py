@@ -53,7 +53,7 @@ def _scales(term: Term) -> dict[Dims, Tensor]:
 
 def _matrices(entries: Sequence[Entry]) -> list[Tensor]:
     """Return one tensor of the space as a (width, k) float64 matrix for every model."""
-    terms = [e if isinstance(e, Term) else Term(e, 0) for e in entries]
+    terms = [Term(e, 0) if isinstance(e, Tensor) else Term(e.tensor, e.dim, e.labels, e.scale) for e in entries]
     # A merged unit that one model lacks is still a column of that model's matrix.
     sizes: dict[tuple[int, ...], int] = {}
     for term in terms:
@@ -93,7 +93,7 @@ def weight_similarity(terms: Sequence[Sequence[Entry]], scope: str = "cross") ->
     """Correlate units over all the weight columns that touch them.
 
     Args:
-        terms: for each tensor of the space one entry a model: a (width, k) matrix or a Term.
+        terms: for each tensor of the space one entry a model: a (width, k) matrix or a Term (mudsc_fast.Term too).
         scope: "cross" or "full", as in Covariance.correlation.
 
     Returns:

@@ -110,3 +110,26 @@ def similarity(
     out: Tensor,
     threads: int,
 ) -> int | None: ...
+
+class NetworkLayout:
+    def __init__(
+        self,
+        models: int,
+        spaces: list[tuple[int, int, bool, bool]],
+        maps: list[Any],
+        terms: list[list[Any]],
+    ) -> None: ...
+
+class Network:
+    def __init__(
+        self,
+        layout: NetworkLayout,
+        data: list[int],
+        zip: bool,
+        widths: list[int],
+        attenuation: float,
+        budget: float,
+        activations: list[CovarianceBuffers | None],
+    ) -> None: ...
+    def set_labels(self, space: int, labels: Tensor | None, merged: int) -> None: ...
+    def visit(self, tie: list[int], balance: float, threads: int) -> list[tuple[bytearray, float]] | None: ...

@@ -19,7 +19,7 @@ from mudsc_fast.layout import Group, Member, Piece, dims_of, rows, split_dim
 if TYPE_CHECKING:
     from mudsc_fast.spec import Axis, PermutationSpec, Space
 
-__all__ = ["AxisMap", "Columns", "axis_labels", "columns", "rows", "split_blocks", "take"]
+__all__ = ["AxisMap", "Columns", "axis_labels", "columns", "rows", "split_blocks", "spread", "take"]
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Columns:
     scale: dict[tuple[int, ...], Tensor]
 
 
-class _Spread(NamedTuple):
+class Spread(NamedTuple):
     """A tensor whose own piece is split into the common factors: their dims, and where the other dims went."""
 
     tensor: Tensor
@@ -287,7 +287,7 @@ class _Spread(NamedTuple):
     other_dims: dict[int, int]
 
 
-def _spread(tensor: Tensor, group: Group, piece: Piece, axis: Axis) -> _Spread:
+def spread(tensor: Tensor, group: Group, piece: Piece, axis: Axis) -> Spread:
     """Split the dims of a group into the factors of one piece, without copying."""
     origin: list[int | None] = [None if d in group.dims else d for d in range(tensor.dim())]
     own = dims_of(axis)
@@ -321,7 +321,7 @@ def _spread(tensor: Tensor, group: Group, piece: Piece, axis: Axis) -> _Spread:
             tensor = split_dim(tensor, k + shift, [piece.factors[f] for f in mine])
             origin[k + shift : k + shift + 1] = [None] * len(mine)
             shift += len(mine) - 1
-    return _Spread(tensor, tuple(place), {old: new for new, old in enumerate(origin) if old is not None})
+    return Spread(tensor, tuple(place), {old: new for new, old in enumerate(origin) if old is not None})
 
 
 def _members(labels: Sequence[Tensor], size: int) -> Tensor:
@@ -334,12 +334,12 @@ def _share(members: Tensor, models: int) -> Tensor:
     return torch.where(members > 0, models / members.clamp(min=1), 0.0)
 
 
-def _localise(spread: _Spread, piece: Piece, member: Member, maps: Sequence[Tensor], inner: int, m: int) -> _Spread:
+def _localise(parts: Spread, piece: Piece, member: Member, maps: Sequence[Tensor], inner: int, m: int) -> Spread:
     """Regroup a tied space's own factors inside each block of the rows, whose blocks stay where they are.
 
     maps: (blocks * units a block,) int64 labels of every model, inner units a merged block.
     """
-    tensor, place, others = spread
+    tensor, place, others = parts
     dims = [place[f] for f in (*member.block, *member.inner)]
     front = list(range(len(dims)))
     moved = tensor.movedim(dims, front)
@@ -361,7 +361,7 @@ def _localise(spread: _Spread, piece: Piece, member: Member, maps: Sequence[Tens
         if not bool((scale == 1).all()):
             flat = flat * scale.to(flat)
     shape = [*[piece.factors[f] for f in member.block], inner, *[1] * (len(member.inner) - 1)]
-    return _Spread(flat.reshape(*shape, *moved.shape[len(dims) :]).movedim(front, dims), place, others)
+    return Spread(flat.reshape(*shape, *moved.shape[len(dims) :]).movedim(front, dims), place, others)
 
 
 def columns(
@@ -392,21 +392,21 @@ def columns(
     maps = [a for a in maps if a.dims != group.dims]
     result = []
     for i, tensor in enumerate(tensors):
-        spread = _spread(tensor.detach(), group, piece, axis)
+        parts = spread(tensor.detach(), group, piece, axis)
         for m in shared:
             each = widths.get(m.space.name, m.space.width) // m.space.blocks
-            spread = _localise(spread, piece, m, list(labels[m.space.name].cpu()), each, i)
-        out = Columns(spread.tensor, tuple(spread.factor_dims[f] for f in (*own.block, *own.inner)), {}, {}, {})
+            parts = _localise(parts, piece, m, list(labels[m.space.name].cpu()), each, i)
+        out = Columns(parts.tensor, tuple(parts.factor_dims[f] for f in (*own.block, *own.inner)), {}, {}, {})
         for cluster in clusters.values():
             factors = sorted({f for m in cluster for f in (*m.block, *m.inner)})
             each_model = [
                 _cluster_labels(piece, cluster, factors, {s: x[k] for s, x in labels.items()}, widths, name)
                 for k in range(n)
             ]
-            key = tuple(spread.factor_dims[f] for f in factors)
+            key = tuple(parts.factor_dims[f] for f in factors)
             _put(out, key, [e[0] for e in each_model], each_model[0][1], cluster[0].axis.role, i)
         for a in maps:
-            key = tuple(spread.other_dims[d] for d in a.dims)
+            key = tuple(parts.other_dims[d] for d in a.dims)
             _put(out, key, list(a.labels), a.size, a.role, i)
         result.append(out if out.rows else _with_row(out))
     return result

@@ -23,6 +23,7 @@ from mudsc_fast.arguments import (
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import World, hubs, levels, owners, world_of
 from mudsc_fast.journal import Journal, digest
+from mudsc_fast.network import network_of
 from mudsc_fast.plan import METHODS, MergePlan
 from mudsc_fast.progress import Bar, Progress, bar, wanted
 from mudsc_fast.records import PathLike
@@ -130,6 +131,10 @@ def match(
     if max_memory is not None:
         layout = {} if weights is None else {n: TensorShape(*weights.info(0, n)) for n in weights.in_spec}
         matcher.work = plan_work(spec, layout, models, method, max_memory, balance, merging=False)
+    elif journal is None and method != "select" and (where is None or where.type == "cpu"):
+        compared = None if weights is None else weights.state_dicts
+        zipped = method == "zip"
+        matcher.network = network_of(spec, compared, activations or {}, models, zipped, widths, attenuation, budget)
     record = None
     if journal is not None:
         asked = {"method": method, "balance": balance, "widths": widths, "attenuation": attenuation, "budget": budget}

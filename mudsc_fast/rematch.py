@@ -14,6 +14,7 @@ from mudsc_fast.axes import columns, rows, split_blocks
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import World
 from mudsc_fast.moments import joint_covariance
+from mudsc_fast.network import Network
 from mudsc_fast.selection import select_units
 from mudsc_fast.similarity import Term, dual_similarity
 from mudsc_fast.streaming import UnitTiles, streamed_similarity
@@ -50,6 +51,7 @@ class Matcher:
     weights: None at balance 0. activations: by space; may be empty. widths: merged width of every space that is zipped.
     work: how each space is compared; None: all its tensors at once. duals: of each space's last assignment.
     together: spaces whose tensors are added up by all processes of `world`, which then visit them at the same time.
+    network: makes a visit in one call where it can; None: every visit the plain way.
     """
 
     spec: PermutationSpec
@@ -66,10 +68,15 @@ class Matcher:
     duals: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     together: frozenset[str] = frozenset()
     world: World | None = None
+    network: Network | None = None
 
     def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
         """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
         balance = self.balance if balance is None else balance
+        if self.network is not None and not any(space.name in self.together for space in tie):
+            made = self.network.visit([space.name for space in tie], current, balance)
+            if made is not None:
+                return [Match(labels, value) for labels, value in made]
         if self.work is not None and self.work.step_of(tie[0].name).way == "tiled" and self.weights is not None:
             return [self._zipped_on_lists(tie[0], current, self.weights, self.work.step_of(tie[0].name).piece)]
         similarities = [self.similarity(space, current, balance) for space in tie]

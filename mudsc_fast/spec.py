@@ -6,7 +6,7 @@ The law every spec obeys: a model regrouped by any random permutation of its spa
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
@@ -209,6 +209,13 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(value.shape) if hasattr(value, "shape") else tuple(value)
 
 
+class Resolved(OrderedDict[tuple[object, ...], Any]):
+    """Things that follow from a spec and take time to find; a copy of the spec finds its own."""
+
+    def __reduce__(self) -> tuple[type[Resolved], tuple[()]]:
+        return Resolved, ()
+
+
 @dataclass(frozen=True)
 class PermutationSpec:
     """All spaces of an architecture. Raises ValueError, naming the tensor, if they do not fit each other."""
@@ -292,6 +299,17 @@ class PermutationSpec:
         A space on two dims of one tensor is its own neighbour.
         """
         return self._neighbours[self[space].name]
+
+    @cached_property
+    def compared(self) -> tuple[str, ...]:
+        """Names of the tensors that weight similarities read, in spec order."""
+        names = (axis.tensor for space in self.spaces for axis in space.axes if axis.compare)
+        return tuple(dict.fromkeys(names))
+
+    @cached_property
+    def resolved(self) -> Resolved:
+        """What is found once for tensors of one kind, and kept with the spec (mudsc_fast.network)."""
+        return Resolved()
 
     def _known_sizes(self, name: str) -> dict[int, int] | None:
         """The size of each dim that the axes of a tensor name, as far as the views tell; None if they do not."""

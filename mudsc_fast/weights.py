@@ -45,6 +45,11 @@ class Weights:
                 raise ValueError(f"state_dicts: model {has} has a tensor {name!r} that model {lacks} lacks")
 
     @property
+    def state_dicts(self) -> list[Mapping[str, Tensor]]:
+        """The mappings, one a model."""
+        return self._state_dicts
+
+    @property
     def models(self) -> int:
         """Number of state dicts."""
         return len(self._state_dicts)

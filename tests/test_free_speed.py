@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,6 +39,14 @@ class Count:
         monkeypatch.setattr(rematch, "assign", assign)
 
 
+@contextmanager
+def op_by_op() -> Iterator[pytest.MonkeyPatch]:
+    """Every visit the plain way, one op after another, none as a single call (mudsc_fast.network)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "network_of", lambda *_: None)
+        yield patch
+
+
 def plain_match(state_dicts: Any, spec: mf.PermutationSpec, *arguments: Any, **options: Any) -> mf.MergePlan:
     """The same sweeps on the same ops, with nothing remembered, nothing stopped early and cold assignments."""
 
@@ -50,7 +59,7 @@ def plain_match(state_dicts: Any, spec: mf.PermutationSpec, *arguments: Any, **o
             super()._sweep(order, steps)
             return True
 
-    with pytest.MonkeyPatch.context() as patch:
+    with op_by_op() as patch:
         patch.setattr(matching, "_Descent", Forgetful)
         return mf.match(state_dicts, spec, *arguments, **options)
 
@@ -58,15 +67,13 @@ def plain_match(state_dicts: Any, spec: mf.PermutationSpec, *arguments: Any, **o
 @pytest.mark.parametrize(("models", "activations"), [(2, True), (3, False)])
 @pytest.mark.parametrize("method", ["align", "zip"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_result_is_that_of_the_plain_sweeps(
-    name: str, models: int, method: str, activations: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_result_is_that_of_the_plain_sweeps(name: str, models: int, method: str, activations: bool) -> None:
     case, seed = ARCHITECTURES[name], models
     nets = case.models(models, seed)
     state_dicts = [net.state_dict() for net in nets]
     stats = mf.calibrate(nets, case.batches(), case.spec) if activations else None
     plain = plain_match(state_dicts, case.spec, stats, method, seed=seed)
-    with monkeypatch.context() as patch:
+    with op_by_op() as patch:
         count = Count(patch)
         quick = mf.match(state_dicts, case.spec, stats, method, seed=seed)
     for space, labels in plain.labels.items():
@@ -94,11 +101,12 @@ def test_a_settled_match_stops_at_once() -> None:
     assert plain.history == quick.history * 6
 
 
-def test_duals_of_the_last_visit_start_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duals_of_the_last_visit_start_the_next() -> None:
     case = ARCHITECTURES["mlp"]
     nets = case.models(2)
-    count = Count(monkeypatch)
-    plan = mf.match([net.state_dict() for net in nets], case.spec, None, "align")
+    with op_by_op() as patch:
+        count = Count(patch)
+        plan = mf.match([net.state_dict() for net in nets], case.spec, None, "align")
     assert len(plan.history) > 1
     assert count.warm[:2] == [False, False]
     assert all(count.warm[2:])

@@ -31,8 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "agreeing", "best", "installing", "leading", "partial", "repairs", "searching",
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
-        "expert_merging", "experts", "hooks", "journal", "matching", "merging", "plan", "progress", "records",
-        "rematch", "stats_files", "streaming", "weights", "workplan",
+        "expert_merging", "experts", "hooks", "journal", "matching", "merging", "network", "plan", "progress",
+        "records", "rematch", "stats_files", "streaming", "weights", "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip

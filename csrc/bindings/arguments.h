@@ -203,5 +203,6 @@ void bind_zip(py::module_& m);
 void bind_assign(py::module_& m);
 void bind_covariance(py::module_& m);
 void bind_similarity(py::module_& m);
+void bind_network(py::module_& m);
 
 }  // namespace mudsc::bindings

@@ -59,4 +59,5 @@ PYBIND11_MODULE(_core, m) {
     bind_assign(m);
     bind_covariance(m);
     bind_similarity(m);
+    bind_network(m);
 }

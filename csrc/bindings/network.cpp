@@ -1,0 +1,182 @@
+// A network as integers: made once from Python's description, then visited with one call a tie of spaces.
+#include "cpu/network.h"
+
+#include <memory>
+#include <tuple>
+
+#include "bindings/arguments.h"
+#include "bindings/covariance.h"
+
+namespace mudsc::bindings {
+
+namespace {
+
+using SpaceTuple = std::tuple<int64_t, int64_t, bool, bool>;
+using MemberTuple = std::tuple<int, std::vector<int>, std::vector<int>>;
+using PieceTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>, std::vector<MemberTuple>>;
+using MapTuple = std::tuple<int64_t, bool, std::vector<PieceTuple>>;
+using ViewTuple = std::tuple<std::string, int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+using TermTuple = std::tuple<std::vector<int>, std::vector<std::pair<std::vector<int>, int>>, std::vector<ViewTuple>>;
+
+Dtype float_type(const std::string& name) {
+    if (name == "float64") return Dtype::f64;
+    if (name == "float32") return Dtype::f32;
+    if (name == "float16") return Dtype::f16;
+    require(name == "bfloat16", "terms: expected a floating type");
+    return Dtype::bf16;
+}
+
+// What guards memory: indices of spaces, maps and dims, and factors that stay inside their axis.
+NetworkMap checked_map(const MapTuple& tuple, const std::vector<NetworkSpace>& spaces) {
+    NetworkMap map{std::get<0>(tuple), std::get<1>(tuple), {}};
+    for (const auto& [start, runs, period, length, factors, members] : std::get<2>(tuple)) {
+        int64_t total = 1;
+        for (int64_t f : factors) total *= f;
+        require(length > 0 && runs * length == total && start >= 0 && period >= 0 &&
+                    start + (runs - 1) * period + length <= map.positions,
+                "maps: a piece goes past its axis");
+        MapPiece piece{start, runs, period, length, factors, {}};
+        for (const auto& [space, block, inner] : members) {
+            require(space >= 0 && space < static_cast<int>(spaces.size()), "maps: no such space");
+            const auto product = [&](const std::vector<int>& at) {
+                int64_t size = 1;
+                for (int f : at) {
+                    require(f >= 0 && f < static_cast<int>(factors.size()), "maps: no such factor");
+                    size *= factors[static_cast<size_t>(f)];
+                }
+                return size;
+            };
+            const NetworkSpace& about = spaces[static_cast<size_t>(space)];
+            require(product(block) * product(inner) == about.width &&
+                        (block.empty() ? about.blocks == 1 : product(block) == about.blocks),
+                    "maps: another number of units");
+            piece.members.push_back({space, block, inner});
+        }
+        map.pieces.push_back(std::move(piece));
+    }
+    return map;
+}
+
+NetworkTerm checked_term(const TermTuple& tuple, const NetworkLayout& layout, int64_t units) {
+    NetworkTerm term{std::get<0>(tuple), std::get<1>(tuple), {}};
+    require(static_cast<int64_t>(std::get<2>(tuple).size()) == layout.models, "terms: expected one view a model");
+    for (const auto& [dtype, tensor, offset, shape, strides] : std::get<2>(tuple)) {
+        require(shape.size() == strides.size() && shape.size() <= kMaxDims && tensor >= 0 && offset >= 0,
+                "terms: a view out of range");
+        std::vector<char> used(shape.size(), 0);
+        const auto product = [&](const std::vector<int>& dims) {
+            int64_t size = 1;
+            for (int d : dims) {
+                require(d >= 0 && d < static_cast<int>(shape.size()) && used[static_cast<size_t>(d)] == 0,
+                        "terms: dims out of range or named twice");
+                used[static_cast<size_t>(d)] = 1;
+                size *= shape[static_cast<size_t>(d)];
+            }
+            return size;
+        };
+        require(product(term.unit_dims) == units, "terms: another number of units");
+        for (const auto& [dims, map] : term.axes) {
+            require(map >= 0 && map < static_cast<int>(layout.maps.size()), "terms: no such map");
+            require(product(dims) == layout.maps[static_cast<size_t>(map)].positions, "terms: a map of another length");
+        }
+        require(term.views.empty() || shape == term.views[0].shape, "terms: models differ in shape");
+        term.views.push_back({float_type(dtype), tensor, offset, shape, strides});
+    }
+    return term;
+}
+
+std::shared_ptr<NetworkLayout> make_layout(int64_t models, const std::vector<SpaceTuple>& spaces,
+                                           const std::vector<MapTuple>& maps,
+                                           const std::vector<std::vector<TermTuple>>& terms) {
+    require(models > 1 && models <= kMaxModels && terms.size() == spaces.size(), "network: sizes out of range");
+    auto layout = std::make_shared<NetworkLayout>();
+    layout->models = models;
+    for (const auto& [width, blocks, fixed, supported] : spaces) {
+        require(width > 0 && blocks > 0 && width % blocks == 0, "spaces: blocks must divide the width");
+        layout->spaces.push_back({width, blocks, fixed, supported});
+    }
+    for (const MapTuple& map : maps) layout->maps.push_back(checked_map(map, layout->spaces));
+    for (size_t s = 0; s < terms.size(); ++s) {
+        auto& own = layout->terms.emplace_back();
+        for (const TermTuple& term : terms[s]) own.push_back(checked_term(term, *layout, layout->spaces[s].width));
+    }
+    return layout;
+}
+
+std::unique_ptr<Network> make_network(const std::shared_ptr<NetworkLayout>& layout,
+                                      const std::vector<uintptr_t>& pointers, bool zip, std::vector<int64_t> widths,
+                                      double attenuation, double budget,
+                                      const std::vector<const CovarianceBuffers*>& activations) {
+    const size_t spaces = layout->spaces.size();
+    require(widths.size() == spaces && activations.size() == spaces, "network: expected one a space");
+    std::vector<const CovarianceState*> seen;
+    for (size_t s = 0; s < spaces; ++s) {
+        const CovarianceState* state = activations[s] == nullptr ? nullptr : &activations[s]->state();
+        const bool full = zip && !layout->spaces[s].fixed;
+        require(state == nullptr || (state->width == layout->spaces[s].width && state->models == layout->models &&
+                                     state->counts[0] > 0 && state->counts[1] == 0 && !(full && state->cross)),
+                "activations: another width, number of models or scope, or samples that are pending");
+        seen.push_back(state);
+    }
+    for (const auto& own : layout->terms) {
+        for (const NetworkTerm& term : own) {
+            for (const NetworkView& view : term.views)
+                require(view.tensor < static_cast<int64_t>(pointers.size()), "data: a tensor is missing");
+        }
+    }
+    std::vector<const void*> data;
+    for (uintptr_t pointer : pointers) data.push_back(reinterpret_cast<const void*>(pointer));
+    return std::make_unique<Network>(layout, std::move(data),
+                                     NetworkOptions{zip, std::move(widths), attenuation, budget, std::move(seen)});
+}
+
+void set_labels(Network& network, int space, const std::optional<py::object>& labels_obj, int64_t merged) {
+    const NetworkLayout& layout = network.layout();
+    require(space >= 0 && space < static_cast<int>(layout.spaces.size()), "space: no such one");
+    if (!labels_obj) {
+        network.set_labels(space, nullptr, 0);
+        return;
+    }
+    TensorArg labels(*labels_obj, "labels");
+    const int64_t count = layout.models * layout.spaces[static_cast<size_t>(space)].width;
+    network.set_labels(space, flat_of<int64_t>(labels, Dtype::i64, count, "labels"), merged);
+}
+
+// [(labels as bytes, value)] of the tie's spaces, or None where the plain way has to be taken: for what this one cannot
+// follow, and for the errors that it makes.
+py::object visit(Network& network, const std::vector<int>& tie, double balance, int threads) {
+    const int spaces = static_cast<int>(network.layout().spaces.size());
+    require(!tie.empty(), "tie: expected at least one space");
+    for (int space : tie) {
+        require(space >= 0 && space < spaces &&
+                    network.layout().spaces[static_cast<size_t>(space)].blocks ==
+                        network.layout().spaces[static_cast<size_t>(tie[0])].blocks,
+                "tie: no such space, or another number of blocks");
+    }
+    SignalPoll signals;
+    std::vector<NetworkMatch> found;
+    const Status status = without_gil(
+        [&](const KernelTable& table) { return network.visit(table, tie, balance, threads, signals.poll(), found); });
+    if (status == Status::interrupted || status == Status::no_memory) check(status, "match");
+    if (status != Status::ok) return py::none();
+    py::list result;
+    for (const NetworkMatch& match : found) {
+        const char* bytes = reinterpret_cast<const char*>(match.labels.data());
+        result.append(py::make_tuple(py::bytearray(bytes, match.labels.size() * sizeof(int64_t)), match.value));
+    }
+    return std::move(result);
+}
+
+}  // namespace
+
+void bind_network(py::module_& m) {
+    py::class_<NetworkLayout, std::shared_ptr<NetworkLayout>>(m, "NetworkLayout")
+        .def(py::init(&make_layout), py::arg("models"), py::arg("spaces"), py::arg("maps"), py::arg("terms"));
+    py::class_<Network>(m, "Network")
+        .def(py::init(&make_network), py::arg("layout"), py::arg("data"), py::arg("zip"), py::arg("widths"),
+             py::arg("attenuation"), py::arg("budget"), py::arg("activations"))
+        .def("set_labels", &set_labels, py::arg("space"), py::arg("labels"), py::arg("merged"))
+        .def("visit", &visit, py::arg("tie"), py::arg("balance"), py::arg("threads"));
+}
+
+}  // namespace mudsc::bindings

@@ -1,0 +1,135 @@
+// A network's spaces and tensors as integers, and one visit of its match (docs/method.md rules 2 to 7) as one call:
+// neighbours' labels, similarities, and the assignment or zip that they give. A small network is matched in less time
+// than Python takes to say what its tensors are, so this is said once.
+#pragma once
+
+#include <stdint.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace mudsc {
+
+struct NetworkSpace {
+    int64_t width, blocks;
+    bool fixed;      // only whole blocks move
+    bool supported;  // whether `terms` say all that is compared
+};
+
+// One space on a piece of an axis: the common factors that hold its blocks and, in unit order, its units.
+struct MapMember {
+    int space;
+    std::vector<int> block, inner;
+};
+
+// Positions start + r * period + [0, length), r < runs, of an axis: row-major over `factors`.
+struct MapPiece {
+    int64_t start, runs, period, length;
+    std::vector<int64_t> factors;
+    std::vector<MapMember> members;
+};
+
+// Where the positions of some dims of a tensor go when the spaces on them are merged.
+struct NetworkMap {
+    int64_t positions;
+    bool in;  // role "in": merged positions are scaled by models / members
+    std::vector<MapPiece> pieces;
+};
+
+// One model's tensor as a space sees it.
+struct NetworkView {
+    Dtype dtype;
+    int64_t tensor, offset;  // which pointer, and how many elements behind it
+    std::vector<int64_t> shape, strides;
+};
+
+struct NetworkTerm {
+    std::vector<int> unit_dims;
+    std::vector<std::pair<std::vector<int>, int>> axes;  // dims that a map relabels
+    std::vector<NetworkView> views;                      // [models]
+};
+
+struct NetworkLayout {
+    int64_t models;
+    std::vector<NetworkSpace> spaces;
+    std::vector<NetworkMap> maps;
+    std::vector<std::vector<NetworkTerm>> terms;  // [spaces]
+};
+
+struct NetworkOptions {
+    bool zip;
+    std::vector<int64_t> widths;  // [spaces] merged
+    double attenuation, budget;
+    std::vector<const CovarianceState*> activations;  // [spaces], null where there are none
+};
+
+struct NetworkMatch {
+    std::vector<int64_t> labels;  // [models, width]
+    double value;
+};
+
+class Network {
+  public:
+    Network(std::shared_ptr<const NetworkLayout> layout, std::vector<const void*> data, NetworkOptions options);
+
+    // labels: [models, width], or null: not matched yet.
+    void set_labels(int space, const int64_t* labels, int64_t merged);
+
+    // Matches the spaces of a tie anew and takes over their labels. Anything but `ok` leaves the labels as they were;
+    // `unsupported` also means labels that this class does not know how to follow.
+    Status visit(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
+                 std::vector<NetworkMatch>& found);
+
+    const NetworkLayout& layout() const { return *layout_; }
+
+  private:
+    struct State {
+        std::vector<int64_t> labels;  // empty: not matched
+        std::vector<int64_t> blocks;  // [models, blocks] of merged blocks
+        int64_t merged = 0, version = 0;
+        bool keeps_blocks = true;
+    };
+    struct Mapped {
+        std::vector<int64_t> versions;
+        bool known = false, labelled = false, usable = true;
+        std::vector<int64_t> labels;  // [models, positions]
+        int64_t size = 0;
+        std::vector<double> scale;  // [size], empty: none
+    };
+    // A similarity and where it lies: cross [models - 1][n][n], or full.
+    struct Similar {
+        Dtype dtype;
+        const void* data;
+        int64_t n, row_stride, model_stride;  // of the block (model 0, model m), elements
+        bool full;
+    };
+    class Arena;
+
+    const Mapped& mapped(int map);
+    bool is_whole(const NetworkMap& map) const;
+    void evaluate(const NetworkMap& map, Mapped& result) const;
+    bool move_piece(const MapPiece& piece, int64_t model, int64_t* labels) const;
+    Status similarity(const KernelTable& table, int space, bool full, double balance, int threads, Poll poll,
+                      Arena& arena, Similar& result);
+    Status assign_whole(const KernelTable& table, int space, const Similar& s, int threads, Poll poll,
+                        NetworkMatch& found);
+    Status match_blocks(const KernelTable& table, const std::vector<int>& tie, const std::vector<Similar>& similar,
+                        int threads, Poll poll, std::vector<NetworkMatch>& found);
+    Status zip_units(const KernelTable& table, int space, const Similar& s, const std::vector<int64_t>& pairing,
+                     int threads, Poll poll, NetworkMatch& found) const;
+    bool aligned(int space) const;
+
+    std::shared_ptr<const NetworkLayout> layout_;
+    std::vector<const void*> data_;
+    NetworkOptions options_;
+    std::vector<State> states_;
+    std::vector<Mapped> mapped_;
+    std::vector<std::vector<double>> duals_;  // [spaces] of the last assignment: [models - 1, 2, width]
+    std::vector<std::shared_ptr<Arena>> arenas_;
+    int64_t next_version_ = 1;
+};
+
+}  // namespace mudsc

@@ -1,0 +1,215 @@
+"""A whole network's match on the CPU, said to the kernels once: then a visit of the sweeps is one call.
+
+A small network is matched in less time than Python takes to find its axes and make its views. So these are resolved
+into integers (which tensor, which dims, which factors), kept with the spec for tensors of the same shapes and strides,
+and a match only adds pointers. Labels of neighbours, similarities, assignments and zips are then one call a visit
+(csrc/cpu/network.h), with the results of ``rematch``, which does the same for everything that this file leaves out:
+tensors that are read on demand or lie on a GPU, spaces that share an axis with a tied one factor by factor.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mudsc_fast import _core
+from mudsc_fast.axes import spread
+from mudsc_fast.backends.cpu_covariance import CpuCovariance
+from mudsc_fast.layout import Group, dims_of
+
+if TYPE_CHECKING:
+    from mudsc_fast.covariance import Covariance
+    from mudsc_fast.spec import Axis, PermutationSpec, Space
+
+# Types whose tensors are in memory already; any other mapping may read them when asked.
+_IN_MEMORY = (dict, OrderedDict)
+_TENSORS = (Tensor, torch.nn.Parameter)
+_FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class Network:
+    """The visits of one match. Holds the tensors that its pointers point into."""
+
+    def __init__(
+        self,
+        core: _core.Network,
+        index: Mapping[str, int],
+        near: Mapping[str, tuple[str, ...]],
+        models: int,
+        keep: Sequence[Any],
+    ) -> None:
+        self._core, self._index, self._near, self._models, self._keep = core, index, near, models, keep
+        self._held: dict[str, Tensor] = {}
+
+    def visit(
+        self, tie: Sequence[str], current: Mapping[str, Any], balance: float
+    ) -> list[tuple[Tensor, float]] | None:
+        """(labels (models, width), value) of the spaces of a tie; None where the plain way has to be taken.
+
+        current: {space: a match with `labels` and `width`}; those of the tie's neighbours count.
+        """
+        if balance > 0:
+            for name in tie:
+                for other in self._near[name]:
+                    found = current.get(other)
+                    labels = None if found is None else found.labels
+                    if self._held.get(other) is not labels:
+                        self._core.set_labels(self._index[other], labels, 0 if found is None else found.width)
+                        if labels is None:
+                            del self._held[other]
+                        else:
+                            self._held[other] = labels
+        made = self._core.visit([self._index[name] for name in tie], balance, torch.get_num_threads())
+        if made is None:
+            return None
+        result = []
+        for name, (packed, value) in zip(tie, made, strict=True):
+            labels = torch.frombuffer(packed, dtype=torch.int64).view(self._models, -1)
+            self._held[name] = labels
+            result.append((labels, value))
+        return result
+
+
+def network_of(
+    spec: PermutationSpec,
+    state_dicts: Sequence[Mapping[str, Tensor]] | None,
+    activations: Mapping[str, Covariance],
+    models: int,
+    zipped: bool,
+    widths: Mapping[str, int],
+    attenuation: float,
+    budget: float,
+) -> Network | None:
+    """The visits of a match of these models as single calls, or None where that cannot be.
+
+    state_dicts: None where weights are not compared. Arguments are those of ``match``, checked.
+    """
+    tensors: list[Tensor] = []
+    key: list[object] = [models]
+    if state_dicts is not None:
+        for state_dict in state_dicts:
+            if type(state_dict) not in _IN_MEMORY:
+                return None
+        for name in spec.compared:
+            for state_dict in state_dicts:
+                x = state_dict[name]
+                if type(x) not in _TENSORS or x.dtype not in _FLOATS or not x.is_cpu or x.is_neg():
+                    return None
+                tensors.append(x)
+                key += (x.shape, x.stride(), x.dtype)
+    if getattr(activations, "info", None) is not None:  # statistics on disk
+        return None
+    seen: list[_core.CovarianceBuffers | None] = []
+    for space in spec.spaces:
+        covariance = activations.get(space.name)
+        sums = None if covariance is None else covariance._sums
+        if sums is not None:
+            if not isinstance(sums, CpuCovariance) or sums.count == 0:
+                return None
+            sums.flush()
+        seen.append(None if sums is None else sums.buffers)
+    kinds = tuple(key)
+    layout = spec.resolved.get(kinds)
+    if layout is None:
+        layout = spec.resolved[kinds] = _resolve(spec, tensors, models)
+        while len(spec.resolved) > _KEPT:
+            spec.resolved.popitem(last=False)
+    pointers = [x.data_ptr() for x in tensors]
+    order = [widths[space.name] for space in spec.spaces]
+    core = _core.Network(layout, pointers, zipped, order, attenuation, budget, seen)
+    index = {space.name: k for k, space in enumerate(spec.spaces)}
+    near = {space.name: spec.neighbours(space.name) for space in spec.spaces}
+    return Network(core, index, near, models, (tensors, seen))
+
+
+# Layouts kept with a spec: one or two kinds of checkpoints are matched with it.
+_KEPT = 4
+
+
+class _Maps:
+    """How axes go with their spaces, each kind once."""
+
+    def __init__(self, index: Mapping[str, int]) -> None:
+        self.index = index
+        self.made: list[Any] = []
+        self._known: dict[Any, int] = {}
+
+    def of(self, group: Group) -> int:
+        pieces = tuple(
+            (*p.where, p.factors, tuple((self.index[m.space.name], m.block, m.inner) for m in p.members))
+            for p in group.pieces
+        )
+        size = 1
+        for s in group.sizes:
+            size *= s
+        found = size, group.role == "in", pieces
+        if found not in self._known:
+            self._known[found] = len(self.made)
+            self.made.append(found)
+        return self._known[found]
+
+
+def _resolve(spec: PermutationSpec, tensors: Sequence[Tensor], models: int) -> _core.NetworkLayout:
+    """The integers of a spec for tensors of these shapes, strides and types; tensors: model by model, name by name."""
+    at = {name: k * models for k, name in enumerate(spec.compared)} if tensors else {}
+    maps = _Maps({space.name: k for k, space in enumerate(spec.spaces)})
+    spaces, terms = [], []
+    for space in spec.spaces:
+        own = []
+        supported = bool(tensors)
+        for axis in space.axes:
+            if not axis.compare or not tensors:
+                continue
+            first = at[axis.tensor]
+            shapes = {tensors[first + m].shape for m in range(models)}
+            term = None if len(shapes) > 1 else _term(spec, space, axis, tensors, first, models, maps)
+            if term is None:
+                supported = False
+                break
+            own.append(term)
+        spaces.append((space.width, space.blocks, space.within == "fixed", supported))
+        terms.append(own if supported else [])
+    return _core.NetworkLayout(models, spaces, maps.made, terms)
+
+
+def _term(
+    spec: PermutationSpec,
+    space: Space,
+    axis: Axis,
+    tensors: Sequence[Tensor],
+    first: int,
+    models: int,
+    maps: _Maps,
+) -> Any | None:
+    """One axis: (dims of the units, [(dims, map)], a view a model), as ``axes.columns`` sees it; None: not here.
+
+    Left out are axes on which other spaces index factors of their own beside the units (grouped queries).
+    """
+    groups = spec.groups(axis.tensor, tensors[first].shape)
+    group = next(g for g in groups if dims_of(axis)[0] in g.dims)
+    piece, own = next((p, m) for p in group.pieces for m in p.members if m.axis == axis and m.space.name == space.name)
+    if any(m is not own and (m.block or m.inner) for m in piece.members):
+        return None
+    views = []
+    units: tuple[int, ...] = ()
+    others: list[tuple[list[int], int]] = []
+    for m in range(models):
+        tensor = tensors[first + m].detach()
+        seen = spread(tensor, group, piece, axis)
+        view, shift = seen.tensor, 0
+        units = tuple(seen.factor_dims[f] for f in (*own.block, *own.inner))
+        if not units:  # a space of width 1 indexes no factor: it gets a dim of its own
+            view, shift, units = view.unsqueeze(0), 1, (0,)
+        others = [([seen.other_dims[d] + shift for d in g.dims], maps.of(g)) for g in groups if g.dims != group.dims]
+        offset = view.storage_offset() - tensor.storage_offset()
+        if offset < 0 or view.dim() > _MOST_DIMS:
+            return None
+        views.append((_FLOATS[view.dtype], first + m, offset, list(view.shape), list(view.stride())))
+    return list(units), others, views
+
+
+_MOST_DIMS = 12  # of the kernels

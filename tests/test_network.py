@@ -1,0 +1,177 @@
+"""A visit as one call gives what the ops give one after another, and gives way where it cannot be made."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from pipeline_cases import ARCHITECTURES
+from torch import Tensor
+
+import mudsc_fast as mf
+from mudsc_fast import matching, network, rematch
+
+
+class Calls:
+    """Counts visits that were one call, and those that had to take the plain way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.single = self.plain = 0
+        visit = network.Network.visit
+
+        def counted(one: network.Network, *arguments: Any) -> Any:
+            made = visit(one, *arguments)
+            self.single += made is not None
+            self.plain += made is None
+            return made
+
+        monkeypatch.setattr(network.Network, "visit", counted)
+
+
+def op_by_op(*arguments: Any, **options: Any) -> mf.MergePlan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "network_of", lambda *_: None)
+        return mf.match(*arguments, **options)
+
+
+def assert_same(quick: mf.MergePlan, plain: mf.MergePlan) -> None:
+    for space, labels in plain.labels.items():
+        assert torch.equal(quick.labels[space], labels), space
+    assert quick.values == pytest.approx(plain.values, rel=1e-12, abs=1e-15)
+    assert quick.history == pytest.approx(plain.history, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("models", "activations", "balance"), [(2, True, 0.5), (3, True, 0.0), (3, False, 1.0)])
+@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_call_is_the_ops_one_after_another(
+    name: str, models: int, method: str, activations: bool, balance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = ARCHITECTURES[name]
+    nets = case.models(models, seed=7)
+    state_dicts = [dict(net.state_dict()) for net in nets]
+    stats = mf.calibrate(nets, case.batches(), case.spec) if activations else None
+    plain = op_by_op(state_dicts, case.spec, stats, method, balance, seed=3)
+    calls = Calls(monkeypatch)
+    assert_same(mf.match(state_dicts, case.spec, stats, method, balance, seed=3), plain)
+    grouped = name in ("attention", "rope")  # query heads share an axis with the values: only activations are compared
+    assert calls.single > 0 or (grouped and not activations)
+    assert calls.plain == 0 or (grouped and balance > 0)
+
+
+@pytest.mark.parametrize("options", [{"width": 0.5}, {"budget": 0.25}, {"attenuation": 0.0}, {"width": 1.5}])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "vit"])
+def test_zip_options(name: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ARCHITECTURES[name]
+    state_dicts = [dict(net.state_dict()) for net in case.models(2, seed=4)]
+
+    def outcome(run: Any) -> Any:
+        try:
+            return run(state_dicts, case.spec, None, "zip", 1.0, **options)
+        except ValueError as error:
+            return str(error)
+
+    plain = outcome(op_by_op)
+    calls = Calls(monkeypatch)
+    quick = outcome(mf.match)
+    assert calls.single + calls.plain > 0
+    if isinstance(plain, str):
+        assert quick == plain
+    else:
+        assert_same(quick, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dtypes_and_strides(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ARCHITECTURES["resnet"]
+    state_dicts = []
+    for net in case.models(2, seed=5):
+        state: dict[str, Tensor] = {}
+        for name, x in net.state_dict().items():
+            x = x.to(dtype) if x.is_floating_point() else x
+            # The same values behind an offset, with dims in another order in memory.
+            state[name] = torch.stack([x, x]).transpose(0, -1).contiguous().transpose(0, -1)[1]
+        state_dicts.append(state)
+    plain = op_by_op(state_dicts, case.spec, None, "align", 1.0)
+    calls = Calls(monkeypatch)
+    assert_same(mf.match(state_dicts, case.spec, None, "align", 1.0), plain)
+    assert calls.single > 0
+    assert calls.plain == 0
+
+
+def test_a_start_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ARCHITECTURES["vit"]
+    nets = case.models(2, seed=6)
+    state_dicts = [dict(net.state_dict()) for net in nets]
+    start = op_by_op(state_dicts, case.spec, None, "zip", 1.0, seed=1)
+    plain = op_by_op(state_dicts, case.spec, None, "zip", 1.0, seed=2, start=start)
+    calls = Calls(monkeypatch)
+    assert_same(mf.match(state_dicts, case.spec, None, "zip", 1.0, seed=2, start=start), plain)
+    assert calls.single > 0
+
+
+def test_other_mappings_are_read_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy(Mapping[str, Tensor]):
+        def __init__(self, inner: dict[str, Tensor]) -> None:
+            self.inner = inner
+
+        def __getitem__(self, name: str) -> Tensor:
+            return self.inner[name].clone()
+
+        def __iter__(self) -> Any:
+            return iter(self.inner)
+
+        def __len__(self) -> int:
+            return len(self.inner)
+
+    case = ARCHITECTURES["mlp"]
+    state_dicts = [dict(net.state_dict()) for net in case.models(2)]
+    calls = Calls(monkeypatch)
+    lazy = mf.match([Lazy(state) for state in state_dicts], case.spec, None)
+    assert calls.single == calls.plain == 0
+    assert_same(mf.match(state_dicts, case.spec, None), lazy)
+    assert calls.single > 0
+
+
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_what_is_wrong_is_said_as_by_the_ops(method: str) -> None:
+    case = ARCHITECTURES["mlp"]
+    state_dicts = [dict(net.state_dict()) for net in case.models(2)]
+    state_dicts[1][case.spec.compared[0]].reshape(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="of model 1 holds NaN or inf"):
+        mf.match(state_dicts, case.spec, None, method)
+
+
+def test_what_is_kept_with_a_spec() -> None:
+    case = ARCHITECTURES["resnet"]
+    spec = mf.PermutationSpec(case.spec.spaces)
+    state_dicts = [dict(net.state_dict()) for net in case.models(2)]
+    mf.match(state_dicts, spec, None)
+    mf.match(state_dicts, spec, None)
+    assert len(spec.resolved) == 1
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        mf.match([{k: x.to(dtype) for k, x in state.items()} for state in state_dicts], spec, None, max_sweeps=1)
+    mf.match(state_dicts * 2, spec, None, max_sweeps=1)
+    assert len(spec.resolved) == network._KEPT
+    for other in (copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))):
+        assert other == spec
+        assert len(other.resolved) == 0
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    case = ARCHITECTURES["mlp"]
+    state_dicts = [dict(net.state_dict()) for net in case.models(2)]
+    widths = {space.name: space.width for space in case.spec.spaces}
+    made = network.network_of(case.spec, state_dicts, {}, 2, False, widths, 0.5, 1.0)
+    assert made is not None
+    first, second = (space.name for space in case.spec.spaces)
+    broken = rematch.Match(torch.full((2, widths[first]), -1), 0.0)
+    assert made.visit([second], {first: broken}, 1.0) is None
+    with pytest.raises(ValueError, match="labels"):
+        made._core.set_labels(0, torch.zeros(3, dtype=torch.int64), 3)
+    with pytest.raises(ValueError, match="space"):
+        made._core.visit([7], 1.0, 1)

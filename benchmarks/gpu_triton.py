@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,30 @@ def _config(use: str, config: Any) -> Iterator[None]:
         configs.TABLES[use] = before
 
 
-def tune(device: torch.device, width: int = 8192, samples: int = 16_384, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Time every configuration of this chip; {"tuned": {use: {chip: name}}, "tried": [...]}, failures among the
-    tried."""
+def _wrong(use: str, covariance: mf.Covariance, batch: list[Tensor], weights: list[list[Tensor]]) -> float:
+    """Largest error of some units' correlations under the configuration in force."""
+    width = batch[0].shape[1]
+    some = torch.arange(0, width, max(1, width // 64), device=batch[0].device)
+    if use == "add":
+        pairs = torch.cat([x[:, some] for x in batch], dim=1).double()
+        found = covariance.correlation()[torch.cat((some, some + width))][:, torch.cat((some, some + width))]
+        return float((found - torch.corrcoef(pairs.T)).abs().max())
+    pairs = torch.cat([w[some] for w in weights[0]]).double()
+    found = mf.weight_similarity(weights, backend="triton")[0][some][:, some]
+    return float((found - torch.corrcoef(pairs)[: len(some), len(some) :]).abs().max())
+
+
+def tune(
+    device: torch.device,
+    width: int = 8192,
+    samples: int = 16_384,
+    rounds: int = ROUNDS,
+    uses: Sequence[str] = ("add", "blend"),
+) -> dict[str, Any]:
+    """Time every configuration of this chip; {"tuned": {use: {chip: name}}, "tried": [...]}.
+
+    One that fails, or whose results are off by more than 1e-5, is a row with "failed" and is never the winner.
+    """
     from mudsc_fast.backends.triton import configs
     from mudsc_fast.backends.triton.launching import capability
 
@@ -85,7 +106,7 @@ def tune(device: torch.device, width: int = 8192, samples: int = 16_384, rounds:
     tuned: dict[str, dict[str, str]] = {}
     batch = _batch(width, samples, torch.bfloat16, device)
     weights = [[x[: samples // 4].T.float() for x in batch]]
-    for use in ("add", "blend"):
+    for use in uses:
         best = float("inf")
         for config in configs.listed(use, chip):
             row: dict[str, Any] = {"use": use, "config": config.name}
@@ -97,6 +118,9 @@ def tune(device: torch.device, width: int = 8192, samples: int = 16_384, rounds:
                         "blend": lambda: mf.weight_similarity(weights, backend="triton"),
                     }
                     seconds = clock(runs[use], device, rounds)
+                    row["error"] = _wrong(use, covariance, batch, weights)
+                    if not row["error"] <= 1e-5:
+                        raise ValueError(f"error {row['error']:g}")
                 row["seconds"] = statistics.median(seconds)
                 row["spread"] = (max(seconds) - min(seconds)) / row["seconds"]
                 if row["seconds"] < best:

@@ -4,8 +4,7 @@ measured.
 python -m benchmarks.roofline [--records FILE] [--write docs/gpu.md]
 
 FILE holds the records of `python -m benchmarks.proof.triton_code`. A floor is the larger of operations over the peak
-and bytes over the bandwidth; occupancy is the blocks that registers, shared memory and threads leave room for on one
-SM.
+and bytes over the bandwidth; occupancy follows the rule of CUDA's cuda_occupancy.h.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.proof.occupancy import Use, blocks
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "triton-code.json"
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 # Measured: bfloat16 products of 8192^3 random matrices by cuBLAS, and device copies (read and written bytes).
 PEAKS = {"H100": (798e12, 3.0e12), "H200": (769e12, 4.3e12)}
-SM_SHARED, SM_REGISTERS, SM_THREADS, BLOCK_OVERHEAD = 233_472, 65_536, 2_048, 1_024
 TENSOR_FMA = 2_048  # bfloat16 multiply-adds a clock and SM on Hopper
 SCHEDULERS = 4
 
@@ -94,11 +94,8 @@ def floor(shape: Shape, chip: str) -> tuple[float, str]:
 
 
 def occupancy(record: dict[str, Any]) -> int:
-    """Blocks that fit on one SM."""
-    threads = record["warps"] * 32
-    registers = -(-record["registers"] // 8) * 8 * threads  # given out in eights
-    shared = record["shared_bytes"] + BLOCK_OVERHEAD
-    return min(SM_REGISTERS // registers, SM_SHARED // shared, SM_THREADS // threads)
+    """Blocks that fit on one SM of an H100 or H200."""
+    return blocks(Use(32 * record["warps"], record["registers"], record["shared_bytes"]), 90)
 
 
 def step_cycles(record: dict[str, Any]) -> tuple[int, int]:
@@ -146,13 +143,13 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, text: str) -> None:
-    """Put the table between its two marks in a document."""
+def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put a table between its two marks in a document."""
     document = path.read_text(encoding="utf-8")
-    head, rest = document.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
+    head, rest = document.split(begin, 1)
+    _, tail = rest.split(end, 1)
     part = path.with_suffix(".part")
-    part.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    part.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
     part.replace(path)
 
 

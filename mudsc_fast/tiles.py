@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mudsc_fast import backends
 from mudsc_fast.regrouping import regroup
 from mudsc_fast.similarity import Entry, Table, checked_tables
 
@@ -55,11 +56,13 @@ class SimilarityTiles:
         features: a pair of (samples, width) activations, paired by sample, or None. Their covariance would be as large
             as the similarity, so they are kept as they are; any floating dtype, mapped from files if need be.
         balance: share of the weights, 0..1, where both are given.
+        backend: "auto" or a name of ``mudsc_fast.backends`` that serves "similarity".
 
     Memory: beside the tile, two float32 blocks of (width, 512) and one more tile where both terms and features count.
+    CUDA tensors where Triton runs: bfloat16 planes of the inputs, at most 1 GiB, and two more tiles; nothing is copied.
 
     Raises:
-        TypeError, ValueError: as ``dual_similarity``; features that disagree in shape, or with the terms' width.
+        TypeError, ValueError: as ``dual_similarity``; features that disagree in shape or device, or with the terms'.
 
     Source: docs/method.md rules 2 and 3.
     """
@@ -69,10 +72,11 @@ class SimilarityTiles:
         terms: Sequence[Sequence[Entry]] = (),
         features: Sequence[Tensor] | None = None,
         balance: float = 0.5,
+        backend: str = "auto",
     ) -> None:
         if not 0.0 <= balance <= 1.0:
             raise ValueError(f"balance: expected a number in 0..1, got {balance}")
-        self._parts: list[tuple[float, _Correlation]] = []
+        self._parts: list[tuple[float, _Rows]] = []
         self.width = 0
         use_weights = bool(terms) and (features is None or balance > 0.0)
         use_features = features is not None and (not terms or balance < 1.0)
@@ -82,12 +86,14 @@ class SimilarityTiles:
             tables, self.width, _ = checked_tables(terms)
             if len(tables[0]) != 2:
                 raise ValueError(f"terms: expected one entry for each of 2 models, got {len(tables[0])}")
-            pairs = [(_matrix(first), _matrix(second)) for first, second in tables]
-            self._parts.append((balance if use_features else 1.0, _Correlation(pairs, "terms")))
+            made = _correlation(tables, self.width, "terms", backend)
+            self._parts.append((balance if use_features else 1.0, made))
         if use_features and features is not None:
-            pair = _checked_features(features, self.width)
-            self.width = pair[0].shape[0]
-            self._parts.append((1.0 - balance if use_weights else 1.0, _Correlation([pair], "features")))
+            device = tables[0][0][0].device if use_weights else None
+            pair = _checked_features(features, self.width, device)
+            self.width = pair[0].shape[1]
+            made = _correlation([[(x, (1,), []) for x in pair]], self.width, "features", backend)
+            self._parts.append((1.0 - balance if use_weights else 1.0, made))
 
     def tile(self, rows: Tensor) -> Tensor:
         """The rows asked for, (len(rows), width), float32."""
@@ -100,7 +106,17 @@ class SimilarityTiles:
         return out
 
 
-def _checked_features(features: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
+def _correlation(tables: list[list[Table]], width: int, name: str, backend: str) -> _Rows:
+    """Rows of a correlation over all columns of some tables, by the backend that serves "similarity" there."""
+    device = tables[0][0][0].device
+    chosen = backends.pick("similarity", device, backend)
+    if chosen.name != "triton" or any(table[0].dtype == torch.float64 for row in tables for table in row):
+        return _Correlation([(_matrix(first), _matrix(second)) for first, second in tables], name)
+    made: _Rows = chosen.module.Similarities(tables, width, 2, 1.0, None, device, name)
+    return made
+
+
+def _checked_features(features: Sequence[Tensor], width: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     if isinstance(features, Tensor) or len(features) != 2 or not all(isinstance(x, Tensor) for x in features):
         raise TypeError("features: expected a pair of (samples, width) tensors")
     first, second = features
@@ -113,7 +129,10 @@ def _checked_features(features: Sequence[Tensor], width: int) -> tuple[Tensor, T
         raise ValueError(f"features: expected {width} units as the terms have, got {first.shape[1]}")
     if first.numel() == 0:
         raise ValueError("features: expected at least one sample and one unit, got none")
-    return first.detach().T, second.detach().T
+    for m, x in enumerate((first, second)):
+        if x.device != (device or first.device):
+            raise ValueError(f"features[{m}]: expected a tensor on {device or first.device}, got one on {x.device}")
+    return first.detach(), second.detach()
 
 
 def _matrix(table: Table) -> Tensor:
@@ -135,6 +154,12 @@ def _size(tensor: Tensor, dims: Sequence[int]) -> int:
     return size
 
 
+class _Rows(Protocol):
+    """Some rows of a (width, width) similarity, float32."""
+
+    def rows(self, wanted: Tensor) -> Tensor: ...
+
+
 class _Correlation:
     """Rows of the correlation of two models' units over all columns of some pairs of (width, k) matrices."""
 
@@ -142,9 +167,9 @@ class _Correlation:
         self._pairs = pairs
         self._moments = [_moments([pair[m] for pair in pairs], name) for m in range(2)]
 
-    def rows(self, rows: Tensor) -> Tensor:
+    def rows(self, wanted: Tensor) -> Tensor:
         (mean, inverse), (other_mean, other_inverse) = self._moments
-        rows = rows.to(mean.device)
+        rows = wanted.to(mean.device)
         mean, inverse = mean[rows, None], inverse[rows, None]
         out = mean.new_zeros(len(rows), len(other_mean))
         for first, second in self._pairs:

@@ -6,11 +6,13 @@ cd "$(dirname "$0")/.."
 mkdir -p build
 python="${PYTHON:-python3}"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -n 1)
-cmake -S . -B build/inplace -G Ninja -DSKBUILD_PROJECT_VERSION="$version" \
+generator=Ninja folder=build/inplace
+command -v ninja >/dev/null || { generator="Unix Makefiles" && folder=build/inplace-make; }
+cmake -S . -B "$folder" -G "$generator" -DSKBUILD_PROJECT_VERSION="$version" \
     -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
     -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/mudsc_fast" -DMUDSC_FAST_WERROR=ON "$@" >build/inplace.log 2>&1 || {
     cat build/inplace.log
     exit 1
 }
-cmake --build build/inplace
+cmake --build "$folder" --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-$(getconf _NPROCESSORS_ONLN)}"

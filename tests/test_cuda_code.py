@@ -53,8 +53,9 @@ def test_no_record_shows_what_it_must_not(records: list[dict[str, Any]]) -> None
 
 @needs_nvcc
 def test_regroup_moves_sixteen_bytes_at_a_time(records: list[dict[str, Any]]) -> None:
-    wide = [r for r in records if cuda_code._moves_16(r["variant"])]
-    assert len(wide) >= 16 * len(cuda_code.CHIPS)
+    wide = [r for r in records if cuda_code.vector_bytes(r["variant"]) == 16]
+    assert len(wide) == 18 * len(cuda_code.CHIPS)
+    assert len([r for r in records if cuda_code.vector_bytes(r["variant"]) == 8]) >= 12 * len(cuda_code.CHIPS)
     for r in wide:
         assert r["loads_16"], r["variant"]
         assert r["stores_16"], r["variant"]
@@ -74,6 +75,10 @@ def test_a_fault_is_seen() -> None:
     good |= {"kernel": "vectors_kernel", "variant": "vectors_kernel<Move<unsigned int>, 4>", "arch": "sm_90a"}
     good |= {"blocks_an_sm": 5, "registers": 44, "loads_16": 1, "stores_16": 1}
     assert cuda_code.faults(good) == []
+    assert [
+        cuda_code.vector_bytes(f"lines_kernel<{x}>") for x in ("Add<__nv_bfloat16, float>, 4", "Move<Sixteen>, 1")
+    ] == [8, 16]
+    assert cuda_code.vector_bytes("zip_kernel<float, true>") == 0
     bad = {"spills": 8, "stack": 8, "local_accesses": 2, "shared_bytes": 300_000}
     for key, value in {**bad, "blocks_an_sm": 0, "loads_16": 0, "stores_16": 0}.items():
         assert cuda_code.faults({**good, key: value}), key

@@ -93,6 +93,24 @@ def test_winners_are_collected() -> None:
     assert gpu.report(ABOUT, [outcome])["tuned"] == {"add": {"90": "a"}, "blend": {"90": "b"}}
 
 
+def test_parts_behind_the_tuning_run_with_its_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TUNED", tmp_path / "tuned.json")
+    monkeypatch.delenv("MUDSC_FAST_TUNED", raising=False)
+    shows = python("import json, os; print('ROW ' + json.dumps({'seen': os.environ.get('MUDSC_FAST_TUNED')}))")
+    tune = Part("tune", python('print(\'ROW {"tuned": {"add": {"90": "a"}}}\')'), 20.0)
+    outcomes = gpu.run_all([Part("before", shows, 20.0), tune, Part("behind", shows, 20.0)], 60.0, None, ABOUT)
+    assert [o.rows[0].get("seen") for o in outcomes] == [None, None, str(tmp_path / "tuned.json")]
+    assert json.loads((tmp_path / "tuned.json").read_text(encoding="utf-8")) == {"add": {"90": "a"}}
+
+
+def test_the_tests_part_names_every_file_with_a_mark() -> None:
+    from benchmarks.gpu.parts import marked_files
+
+    assert {"tests/test_cuda_kernels.py", "tests/test_triton_cuda.py"} <= set(marked_files())
+    assert all((ROOT / name).is_file() for name in marked_files())
+    assert [part.command[-1] for part in PARTS if part.name == "tests"] == [marked_files()[-1]]
+
+
 def test_a_dry_run_lists_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run"]) == 0
     listed = capsys.readouterr().out

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks import roofline
+from benchmarks.proof import occupancy
 
 DOCUMENT = roofline.ROOT / "docs" / "gpu.md"
 
@@ -49,6 +54,68 @@ def test_occupancy_and_steps_by_hand() -> None:
     assert roofline.occupancy(record | {"shared_bytes": 196_640}) == 1
     assert roofline.occupancy(record | {"registers": 32, "shared_bytes": 0}) == 8
     assert roofline.step_cycles(record) == (512, 170)
+
+
+OCCUPANCY_MAIN = """
+#include "cuda_occupancy.h"
+#include <stdio.h>
+int main() {
+    int chip, threads, registers, shared;
+    while (scanf("%d %d %d %d", &chip, &threads, &registers, &shared) == 4) {
+        const size_t block = chip == 80 ? 166912 : 232448;
+        cudaOccDeviceProp device;
+        memset(&device, 0, sizeof(device));
+        device.computeMajor = chip / 10;
+        device.maxThreadsPerBlock = 1024;
+        device.maxThreadsPerMultiprocessor = 2048;
+        device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+        device.warpSize = 32;
+        device.sharedMemPerBlock = 49152;
+        device.sharedMemPerMultiprocessor = block + 1024;
+        device.numSms = 132;
+        device.sharedMemPerBlockOptin = block;
+        device.reservedSharedMemPerBlock = 1024;
+        cudaOccFuncAttributes use;
+        memset(&use, 0, sizeof(use));
+        use.maxThreadsPerBlock = 1024;
+        use.numRegs = registers;
+        use.maxDynamicSharedSizeBytes = block;
+        use.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+        cudaOccDeviceState state;
+        cudaOccResult result;
+        memset(&result, 0, sizeof(result));
+        if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &use, &state, threads, shared) != 0) return 1;
+        printf("%d\\n", result.activeBlocksPerMultiprocessor);
+    }
+}
+"""
+
+
+def occupancy_header() -> Path | None:
+    """Triton and the CUDA toolkit bring it."""
+    found = importlib.util.find_spec("triton")
+    places = [Path(found.origin).parent / "backends" / "nvidia" / "include"] if found and found.origin else []
+    return next((p for p in [*places, Path("/usr/local/cuda/include")] if (p / "cuda_occupancy.h").exists()), None)
+
+
+@pytest.mark.skipif(occupancy_header() is None or shutil.which("g++") is None, reason="no cuda_occupancy.h or no g++")
+def test_occupancy_is_that_of_cudas_own_rule(tmp_path: Path) -> None:
+    (tmp_path / "main.cpp").write_text(OCCUPANCY_MAIN)
+    command = ["g++", f"-I{occupancy_header()}", str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main")]
+    subprocess.run(command, check=True)
+    rng = random.Random(0)
+    asked = [
+        (chip, 32 * rng.randint(1, 32), rng.randint(16, 255), rng.choice((0, 64, 4_676, rng.randint(0, 232_448))))
+        for chip in (80, 90, 100)
+        for _ in range(700)
+    ]
+    lines = "\n".join(" ".join(map(str, one)) for one in asked)
+    done = subprocess.run([str(tmp_path / "main")], input=lines, capture_output=True, text=True)
+    assert done.returncode == 0
+    theirs = [int(line) for line in done.stdout.split()]
+    ours = [occupancy.blocks(occupancy.Use(*use), chip) for chip, *use in asked]
+    assert ours == theirs
+    assert len(set(ours)) > 8
 
 
 def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:

@@ -136,6 +136,35 @@ def test_zip_refuses_what_the_cpu_refuses() -> None:
     assert [int(c.case.arrays[8][0]) for c in found] == [1, 1, 1, 1, 1, 1, 2, 0, 3]
 
 
+def test_zip_stops_between_two_launches_and_not_before() -> None:
+    n = 50
+    similarity = cases.similarity_of(n, torch.Generator().manual_seed(14), torch.float32)
+    units, model_of, budget = torch.arange(n)[None], (torch.arange(n) // 25)[None], torch.full((1, 2), n)
+    found = [
+        cases.zip_problems(
+            similarity, units, model_of, 2, 21, 0.5, budget, budget, steps_a_launch=steps, stop_at_poll=stop
+        )
+        for steps, stop in ((5, 1), (5, 4), (5, 5), (21, 1), (7, 3))
+    ]
+    check_stopped = [True, True, False, False, False]  # 21 merges: four polls between launches of 5, two between 7
+    run = driver.run(driver.build("asan"), [c.case for c in found])
+    assert run.ok, run.output[:4000]
+    for checked, stopped in zip(found, check_stopped, strict=True):
+        assert checked.case.error == ("zip_kernel: interrupted" if stopped else "")
+        assert stopped or not checked.verdict()
+        assert not stopped or torch.equal(torch.from_numpy(checked.case.arrays[3]), budget)  # as it was
+
+
+def test_zip_ends_where_the_device_fails_between_launches() -> None:
+    n = 20
+    similarity = cases.similarity_of(n, torch.Generator().manual_seed(15), torch.float32)
+    units, model_of, budget = torch.arange(n)[None], (torch.arange(n) // 10)[None], torch.full((1, 2), n)
+    case = cases.zip_problems(similarity, units, model_of, 2, 9, 0.5, budget, budget, steps_a_launch=4).case
+    case.fail_call, case.fail_code = "cudaStreamSynchronize", 701
+    assert driver.run(driver.build("asan"), [case]).ok
+    assert case.error == "zip_kernel: too many resources requested for launch"
+
+
 # ---- assign ----
 
 

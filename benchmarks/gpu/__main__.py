@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from benchmarks.gpu.parts import PARTS, Part
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = "ROW "  # a line of a part's output that holds one JSON object
+TUNED = ROOT / "build" / "gpu" / "tuned.json"
 KEPT = 3000  # characters of output kept of a part that failed
 
 
@@ -53,11 +54,14 @@ class Outcome:
         return said
 
 
-def run_part(part: Part, seconds: float) -> Outcome:
-    """Run one part in a process group of its own, which is ended as a whole when its time is over."""
+def run_part(part: Part, seconds: float, extra: Mapping[str, str] | None = None) -> Outcome:
+    """Run one part in a process group of its own, which is ended as a whole when its time is over.
+
+    extra: environment variables beside the part's own.
+    """
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.update(part.environment)
+    environment.update({**part.environment, **(extra or {})})
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             process = subprocess.Popen(
@@ -89,20 +93,24 @@ def run_part(part: Part, seconds: float) -> Outcome:
     return Outcome(part.name, status, time.monotonic() - start, rows, "" if status == "ok" else said)
 
 
-def report(about: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The results file."""
+def found_best(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The configurations that won, as ``configs.update`` takes them."""
     tuned: dict[str, Any] = {}
     for outcome in outcomes:
         for row in outcome.rows:
-            if "tuned" in row:
-                tuned.update(row["tuned"])
+            tuned.update(row.get("tuned") or {})
+    return tuned
+
+
+def report(about: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The results file."""
     return {
         **about,
         "parts": [
             {"part": o.name, "status": o.status, "seconds": round(o.seconds, 2), "rows": o.rows, "output": o.output}
             for o in outcomes
         ],
-        "tuned": tuned,
+        "tuned": found_best(outcomes),
         "failures": [line for o in outcomes for line in o.failures],
     }
 
@@ -125,9 +133,13 @@ def about() -> dict[str, Any]:
 
 
 def run_all(parts: Sequence[Part], seconds: float, out: Path | None, described: dict[str, Any]) -> list[Outcome]:
-    """All parts in order, none beyond the whole time; the file is written after each."""
+    """All parts in order, none beyond the whole time; the file is written after each.
+
+    Parts behind one that found the best configurations run with those.
+    """
     start, outcomes = time.monotonic(), []
     failed: set[str] = set()
+    extra: dict[str, str] = {}
     for part in parts:
         left = seconds - (time.monotonic() - start)
         missing = sorted(set(part.needs) & failed)
@@ -137,10 +149,13 @@ def run_all(parts: Sequence[Part], seconds: float, out: Path | None, described: 
             outcome = Outcome(part.name, "not run", 0.0, [], f"the {seconds:g} s of the whole run were over")
         else:
             print(f"{part.name} (at most {min(part.limit, left):.0f} s): {part.what}", flush=True)
-            outcome = run_part(part, min(part.limit, left))
+            outcome = run_part(part, min(part.limit, left), extra)
         if outcome.status != "ok":
             failed.add(part.name)
         outcomes.append(outcome)
+        if tuned := found_best(outcomes):
+            write(TUNED, tuned)
+            extra = {"MUDSC_FAST_TUNED": str(TUNED)}
         for row in outcome.rows:
             print("  " + json.dumps(row), flush=True)
         print(f"  {outcome.status}, {outcome.seconds:.1f} s", flush=True)

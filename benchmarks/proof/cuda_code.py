@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.proof import occupancy
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("regroup", "zip", "assign")
 CHIPS = ("sm_80", "sm_90a", "sm_100")
@@ -25,8 +27,6 @@ FLAGS = (
     *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin"),
     *("-Xcompiler", "-Wall,-Wextra", "--Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"),
 )
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90a": 232_448, "sm_100": 232_448}  # bytes that one block may have
-REGISTERS = 65_536  # of a multiprocessor
 THREADS = {"zip_kernel": 512, "assign_kernel": 32, "vectors_kernel": 256, "lines_kernel": 256}
 
 
@@ -153,6 +153,8 @@ def _record(name: str, path: Path, chip: str, usage: dict[str, int], code: list[
         "local_accesses": count("LDL") + count("STL"),
         "loads_16": count("LDG", ".128"),
         "stores_16": count("STG", ".128"),
+        "loads_8": count("LDG", ".64"),
+        "stores_8": count("STG", ".64"),
         "staged_16": count("STS", ".128"),
         "block_barriers": count("BAR"),
         "warp_barriers": count("WARPSYNC") + count("BAR.WARP"),
@@ -160,19 +162,22 @@ def _record(name: str, path: Path, chip: str, usage: dict[str, int], code: list[
     }
 
 
+def shared_limit(chip: str) -> int:
+    """Bytes of shared memory that one block may have on a chip such as "sm_90a"."""
+    return occupancy.SHARED_LIMIT[_number(chip)]
+
+
+def _number(chip: str) -> int:
+    return int(chip.removeprefix("sm_").rstrip("a"))
+
+
 def _stage(chip: str) -> int:
     """Dynamic bytes of lines_kernel, as its launcher asks for them, for lines that are not longer."""
-    return (SHARED_LIMIT[chip] + 1024) // 2 - 1024
+    return (shared_limit(chip) + occupancy.OF_SYSTEM) // 2 - occupancy.OF_SYSTEM
 
 
 def _blocks(usage: dict[str, int], threads: int, dynamic: int, chip: str) -> int:
-    """How many blocks of a kernel one multiprocessor holds, by registers, threads and shared memory."""
-    warps = threads // 32
-    a_warp = -(-usage["registers"] * 32 // 256) * 256
-    by_registers = REGISTERS // a_warp // warps
-    shared = usage["shared_bytes"] + dynamic + 1024  # the system keeps 1 KiB a block
-    by_shared = (SHARED_LIMIT[chip] + 1024) // shared
-    return min(by_registers, by_shared, 2048 // threads, 32)
+    return occupancy.blocks(occupancy.Use(threads, usage["registers"], usage["shared_bytes"] + dynamic), _number(chip))
 
 
 def faults(found: dict[str, Any]) -> list[str]:
@@ -180,23 +185,32 @@ def faults(found: dict[str, Any]) -> list[str]:
     said = []
     if found["spills"] or found["stack"] or found["local_accesses"]:
         said.append(f"{found['spills']} bytes spilled, {found['local_accesses']} accesses to local memory")
-    if found["shared_bytes"] > SHARED_LIMIT[found["arch"]]:
+    if found["shared_bytes"] > shared_limit(found["arch"]):
         said.append(f"{found['shared_bytes']} bytes of shared memory")
     if found["blocks_an_sm"] < 1:
         said.append(f"no block fits a multiprocessor: {found['registers']} registers")
     if found["kernel"] == "lines_kernel" and found["blocks_an_sm"] < 2:
         said.append("two blocks of lines must share a multiprocessor, to load while the other stores")
-    for what in ("loads_16", "stores_16"):
-        if _moves_16(found["variant"]) and not found[what]:
-            said.append(f"no 16-byte {what.removesuffix('_16')}")
+    bytes_ = vector_bytes(found["variant"])
+    if bytes_ in (8, 16):
+        said += [f"no {bytes_}-byte {what}" for what in ("loads", "stores") if not found[f"{what}_{bytes_}"]]
     return said
 
 
-def _moves_16(variant: str) -> bool:
-    """Whether an instantiation is one whose loads and stores are whole vectors."""
-    if variant.startswith(("vectors_kernel", "lines_kernel")):
-        return bool(re.search(r", (?:[2-9]|16)>$", variant)) or "Sixteen" in variant
-    return False
+# Bytes of what regroup moves, by how the demangler spells it.
+_ELEMENTS = {"char": 1, "short": 2, "__half": 2, "bfloat16": 2, "int": 4, "float": 4, "long": 8, "double": 8}
+
+
+def vector_bytes(variant: str) -> int:
+    """Bytes that an instantiation of regroup, such as "lines_kernel<Move<unsigned int>, 4>", moves at a time; 0:
+    another kernel."""
+    taken = re.match(r"(?:vectors|lines)_kernel<\w+<([^,>]+).*, (\d+)>$", variant)
+    if taken is None:
+        return 0
+    if "Sixteen" in taken.group(1):
+        return 16
+    size = next(size for name, size in _ELEMENTS.items() if taken.group(1).strip().endswith(name))
+    return size * int(taken.group(2))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.proof.occupancy import SHARED_LIMIT, Use, blocks
+
 CHIPS = (80, 90, 100)
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one block may have
 KERNELS = Path("mudsc_fast/backends/triton")
 
 
@@ -58,6 +59,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
                 for source, planes in variants[:1] if quick else variants:
                     yield _split(config, chip, use, source, planes)
         yield from _correlations(chip)
+        yield from _lists(chip)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,6 @@ BLEND_VARIANTS: tuple[tuple[str, int, dict[str, bool]], ...] = (
     ("full, 3 planes", 3, {"ACTIVATION": True, "PARTIAL": True, "TRIANGLE": True, "MIRROR": True}),
     ("cross, 1 plane", 1, {"ACTIVATION": True}),
     ("cross, 3 planes, last of several", 3, {"ACTIVATION": True, "PARTIAL": True}),
-    ("prices, 3 planes", 3, {"ACTIVATION": True, "PRICES": True}),
     ("largest, 3 planes", 3, {"ACTIVATION": True, "PARTIAL": True, "PRICES": True, "LARGEST": True}),
 )
 SPLIT_VARIANTS = (("bf16", 1), ("fp32", 3), ("bf16", 2), ("fp32", 0))
@@ -199,6 +200,26 @@ def _correlations(chip: int) -> Iterator[Case]:
     yield Case("correlation.mirror_kernel", "square", chip, "64x64w4", square, dict(block), 4, 3)
 
 
+def _lists(chip: int) -> Iterator[Case]:
+    from mudsc_fast.backends.triton import candidates
+
+    block, warps = {"BLOCK": candidates.BLOCK}, candidates.WARPS
+    config = f"{candidates.BLOCK}w{warps}"
+    row = {"tile": "*fp32", "pitch": "i32", "n": "i32", "prices": "*fp64", "maxima": "*fp64"}
+    last = {"first_row": "i32", "room": "i32"}
+    odd = ("n", "first_row", "room")
+    signature = {**row, "bad": "*i32", "found": "*i64", "overflow": "*i32", **last}
+    for kept in (0, 16, 128):
+        name = f"lists of up to {kept}" if kept else "largest alone"
+        constants = {"LISTS": kept > 0, "KEPT": kept or 16, **block}
+        yield Case("candidates.collect_kernel", name, chip, config, signature, constants, warps, 3, odd)
+    signature = {**row, "found": "*i64", "overflow": "*i32", "columns": "*i32", "values": "*fp32", "threshold": "*fp64"}
+    for kept in (16, 128):
+        constants = {"KEPT": kept, **block}
+        name = f"lists of up to {kept}"
+        yield Case("candidates.order_kernel", name, chip, config, {**signature, **last}, constants, warps, 3, odd)
+
+
 def record(case: Case) -> dict[str, Any]:
     """Compile one case and read its machine code."""
     import importlib
@@ -307,7 +328,7 @@ def faults(found: dict[str, Any]) -> list[str]:
         said.append(f"{found['spills']} bytes of local memory, {found['local_accesses']} accesses to it")
     if found["shared_bytes"] > SHARED_LIMIT[chip]:
         said.append(f"{found['shared_bytes']} bytes of shared memory, a block may have {SHARED_LIMIT[chip]}")
-    if found["registers"] * found["warps"] * 32 > 65_536:
+    if not blocks(Use(32 * found["warps"], found["registers"], 0), chip):
         said.append(f"{found['registers']} registers for {found['warps']} warps do not fit an SM")
     if found["main_loop"]:
         if not found["loop_mma"]:

@@ -177,7 +177,7 @@ T* device_flat_of(const TensorArg& t, const TensorArg& beside, Dtype dtype, int6
     return t->as<T>();
 }
 
-// Calls a CUDA kernel's launcher without the GIL; what it says went wrong becomes an exception.
+// Calls a CUDA kernel's launcher without the GIL; what it says went wrong becomes an exception, and so does Ctrl-C.
 template <typename Fn>
 void launch(const Fn& fn) {
     std::string error;
@@ -185,7 +185,9 @@ void launch(const Fn& fn) {
         py::gil_scoped_release release;
         error = fn();
     }
-    if (!error.empty()) throw std::runtime_error(error);
+    if (error.empty()) return;
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();  // a SignalPoll has set it
+    throw std::runtime_error(error);
 }
 #endif
 

@@ -94,6 +94,8 @@ void zip_cuda(const py::object& similarity_obj, const py::object& units_obj, con
     a.zip.merges = merges;
     a.zip.attenuation = attenuation;
     require(merges >= 0 && merges < std::max<int64_t>(a.zip.n, 1), "merges: out of range");
+    SignalPoll signals;
+    a.zip.poll = signals.poll();
     launch([&] { return cuda::zip(a, similarity->device, reinterpret_cast<void*>(stream)); });
 }
 #endif

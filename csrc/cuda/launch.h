@@ -24,6 +24,7 @@ struct ZipCudaArgs {
     int32_t* status;  // [problems] out: a ZipStatus
     void* scratch;    // aligned to 256 bytes
     int64_t scratch_bytes;
+    int64_t steps_a_launch = 0;  // merges; 0: the launcher's choice
 };
 int64_t zip_scratch_bytes(const ZipCudaArgs& args);
 std::string zip(const ZipCudaArgs& args, int device, void* stream);

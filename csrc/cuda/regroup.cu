@@ -1,7 +1,7 @@
 // Gather and segment sum along one axis of a strided tensor. Each input element that a unit takes is read once and each
 // output element written once: bytes moved = (members + units) * elements a unit * element size; the index vectors are
 // shared by all rows and stay in the caches.
-//   vectors: a thread makes one output vector of up to 16 bytes along the innermost other axis.
+//   vectors: a thread makes one output vector of 16 bytes, 8 or one element along the innermost other axis.
 //   lines:   the unit axis is innermost in both tensors, so that neighbours in the output come from anywhere in a line.
 //            A block stages a few lines in shared memory, reads and writes memory in order, and gathers there.
 #include <cuda_bf16.h>
@@ -269,16 +269,23 @@ std::string run(const RegroupArgs& a, int64_t length, bool single, const OnDevic
     constexpr int kMost = 16 / static_cast<int>(sizeof(typename Policy::Element));
     Params p = layout(a, single);
     p.length = length;
+    constexpr int kHalf = kMost > 2 ? kMost / 2 : 1;  // vectors of 8 bytes, where those of 16 do not fit
     const Axis& inner = p.axes[p.n - 1];
-    if (inner.in != 1 || inner.out != 1) return run_vectors<Policy, 1>(p, on.multiprocessors(), stream);
-    if (p.unit_at == p.n - 1) {
-        if ((length + kMost) * a.element_bytes > on.shared_bytes())
-            return run_vectors<Policy, 1>(p, on.multiprocessors(), stream);
-        if (kMost > 1 && aligned(a, p, kMost)) return run_lines<Policy, kMost>(p, on, stream);
-        return run_lines<Policy, 1>(p, on, stream);
-    }
-    if (kMost > 1 && inner.shape % kMost == 0 && aligned(a, p, kMost))
+    const bool lines = p.unit_at == p.n - 1;
+    if (inner.in != 1 || inner.out != 1 || (lines && (length + kMost) * a.element_bytes > on.shared_bytes()))
+        return run_vectors<Policy, 1>(p, on.multiprocessors(), stream);
+    const auto fits = [&](int lanes) {
+        return lanes > 1 && (lines || inner.shape % lanes == 0) && aligned(a, p, lanes);
+    };
+    if (fits(kMost)) {
+        if (lines) return run_lines<Policy, kMost>(p, on, stream);
         return run_vectors<Policy, kMost>(p, on.multiprocessors(), stream);
+    }
+    if (fits(kHalf)) {
+        if (lines) return run_lines<Policy, kHalf>(p, on, stream);
+        return run_vectors<Policy, kHalf>(p, on.multiprocessors(), stream);
+    }
+    if (lines) return run_lines<Policy, 1>(p, on, stream);
     return run_vectors<Policy, 1>(p, on.multiprocessors(), stream);
 }
 

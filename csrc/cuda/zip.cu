@@ -4,7 +4,8 @@
 //   row i and column i at the columns it owns, and searches again those of its rows that lost their partner.
 // Row i's own maximum is spread over all blocks; its parts are published beside the pairs and meet at the next barrier.
 //
-// A large problem is one team, a cooperative grid. Many small ones are teams of one block each, side by side.
+// A large problem is one team, a cooperative grid. Many small ones are teams of one block each, side by side. A launch
+// makes some steps and leaves the rest to the next, so that none is long and the caller can stop between two.
 // Ties, budgets and results are those of csrc/cpu/kernels/zip.cpp, bit for bit (docs/method.md rules 5 and 7).
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -21,7 +22,8 @@ namespace {
 
 constexpr int kMostThreads = 512;
 constexpr int kMostWarps = kMostThreads / 32;
-constexpr int kTile = 32;  // of the matrix, and a chunk of rows
+constexpr int64_t kStepsALaunch = 256;  // milliseconds; starting one costs some microseconds
+constexpr int kTile = 32;               // of the matrix, and a chunk of rows
 constexpr unsigned kAll = 0xffffffffu;
 constexpr double kSymmetryTolerance = 1e-4;  // of the largest magnitude: more is not rounding
 constexpr int kNobody = 0x7fffffff;
@@ -38,10 +40,12 @@ struct alignas(16) Packet {
     T lane[16 / sizeof(T)];
 };
 
-// What the loading of one problem found, as bits of doubles that are >= 0, so that they order as integers.
+// What the loading of one problem found, as bits of doubles that are >= 0, so that they order as integers; and, between
+// two launches, the row merged last.
 struct Check {
     unsigned long long largest, difference;
     unsigned bad;
+    int last;
 };
 
 template <typename T>
@@ -51,7 +55,8 @@ struct Params {
     const int64_t* units;     // [problems, n]
     const int32_t* model_of;  // [problems, n]
     int n, models, merges;
-    int64_t ld;  // of work: n rounded up to a tile
+    int first_step, end_step;  // of this launch
+    int64_t ld;                // of work: n rounded up to a tile
     T attenuation;
     int64_t* budget;        // [problems, models]
     int64_t* block_budget;  // [problems, models]
@@ -120,16 +125,22 @@ class Zipper {
     }
 
     __device__ void run() {
-        begin();
-        if (!load()) return;
-        for (int slot = 0; slot < slots; ++slot) {
-            const int k = row_of(slot);
-            if (k < p.n) search(k, slot);
-        }
-        int last = -1, step = 0, status = kZipOk;
+        int last = -1, step = p.first_step, status = kZipOk;
         Pair<T> part = no_pair<T>();  // of row `last`
         double total = 0;
-        for (; step < p.merges; ++step) {
+        if (step == 0) {
+            begin();
+            if (!load()) return;
+            for (int slot = 0; slot < slots; ++slot) {
+                const int k = row_of(slot);
+                if (k < p.n) search(k, slot);
+            }
+        } else {
+            if (p.status[problem] != kZipOk) return;  // it ended in a launch before
+            total = p.total[problem];
+            resume(p.check[problem].last);
+        }
+        for (; step < p.end_step; ++step) {
             const Pair<T> top = choose(step, last, part);
             if (top.value == nothing<T>()) {
                 status = kZipInfeasible;
@@ -139,7 +150,12 @@ class Zipper {
             part = merge(top.row, top.column);
             last = p.attenuation > 0 ? top.row : -1;
         }
-        if (block == 0) report(step, total, status);
+        if (block != 0) return;
+        if (status != kZipOk || step == p.merges) {
+            report(step, total, status);
+        } else {
+            pause(last, total);
+        }
     }
 
   private:
@@ -415,7 +431,20 @@ class Zipper {
         return lost;
     }
 
-    // ---- the end ----
+    // ---- between two launches, and the end ----
+
+    // The parts of the last merged row's maximum are lost with the launch: the block that owns it searches it again.
+    __device__ void resume(int last) {
+        if (last < 0 || last / kTile % team != block) return;
+        search(last, last / kTile / team * kTile + last % kTile);
+    }
+
+    __device__ void pause(int last, double total) {
+        if (thread != 0) return;
+        p.total[problem] = total;
+        p.status[problem] = kZipOk;
+        p.check[problem].last = last;
+    }
 
     __device__ void report(int made, double total, int status) {
         if (thread != 0) return;
@@ -513,9 +542,19 @@ std::string run(const ZipCudaArgs& a, const OnDevice& device, void* stream) {
         cudaMemsetAsync(p.check, 0, static_cast<size_t>(a.problems) * sizeof(Check), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return describe(error, "zip_kernel");
     Shape shape{blocks, plan.threads};
-    if (plan.team == 1) return launch("zip_kernel", zip_kernel<T, false>, shape, stream, p);
-    shape.cooperative = true;
-    return launch("zip_kernel", zip_kernel<T, true>, shape, stream, p);
+    shape.cooperative = plan.team > 1;
+    const auto kernel = shape.cooperative ? zip_kernel<T, true> : zip_kernel<T, false>;
+    const int64_t steps = a.steps_a_launch > 0 ? a.steps_a_launch : kStepsALaunch;
+    for (int64_t first = 0;; first += steps) {
+        p.first_step = static_cast<int>(first);
+        p.end_step = static_cast<int>(min_of(z.merges, first + steps));
+        const std::string failed = launch("zip_kernel", kernel, shape, stream, p);
+        if (!failed.empty() || p.end_step == p.merges) return failed;
+        // Nothing is queued behind a launch that the caller may want to be the last.
+        const cudaError_t ended = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+        if (ended != cudaSuccess) return describe(ended, "zip_kernel");
+        if (z.poll()) return "zip_kernel: interrupted";
+    }
 }
 
 }  // namespace

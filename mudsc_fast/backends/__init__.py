@@ -92,7 +92,7 @@ BACKENDS: tuple[Backend, ...] = (
         ),
     ),
     Backend("cuda", "cuda", frozenset({"regroup", "zip", "assign_small"}), _why_no_cuda_kernels),
-    Backend("triton", "cuda", frozenset({"covariance", "similarity"}), _why_no_triton),
+    Backend("triton", "cuda", frozenset({"covariance", "similarity", "assign_tile"}), _why_no_triton),
     Backend("torch_device", "cuda", frozenset({"covariance"})),
     Backend("host", "cuda", frozenset({"regroup", "zip", "assign", "assign_small", "assign_tile", "similarity"})),
 )

@@ -139,23 +139,14 @@ def test_weights_that_are_not_finite_are_named() -> None:
         kernels.mf.weight_similarity([good, bad], backend="triton")
 
 
-def test_tiles_give_lists_for_a_solver() -> None:
-    from mudsc_fast.backends.triton import assign_tile
-
-    tile = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
-    prices = torch.rand(20, dtype=torch.float64)
-    worth = tile.double() - prices
-    columns, values, threshold, maxima = assign_tile(tile, 3, prices, 5)
-    assert torch.equal(maxima, worth.amax(dim=1))
-    assert torch.equal(values, tile.double().gather(1, columns.long()))
-    left = worth.scatter(1, columns.long(), -torch.inf)
-    assert bool((left <= threshold[:, None]).all())
-    assert bool((worth.gather(1, columns.long()) >= threshold[:, None]).all())
-    assert assign_tile(tile, 3, prices, 20)[2].tolist() == [-torch.inf] * 7
-    assert assign_tile(tile, 3, prices, 0)[0].shape == (7, 0)
-    tile[2, 1] = float("nan")
-    with pytest.raises(ValueError, match="row 5"):
-        assign_tile(tile, 3, prices, 5)
+def test_what_is_not_finite_is_named_by_its_row() -> None:
+    tile, prices = torch.randn(7, 20), torch.zeros(20, dtype=torch.float64)
+    for bad in ("nan", "inf", "-inf"):
+        tile[2, 1] = float(bad)
+        for room in (0, 5):
+            for one in (tile, tile.double()):
+                with kernels.few_columns(), pytest.raises(ValueError, match="row 5"):
+                    kernels.candidates.assign_tile(one, 3, prices, room)
 
 
 def test_candidates_check_what_they_are_given() -> None:

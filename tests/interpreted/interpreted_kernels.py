@@ -24,14 +24,14 @@ from torch import Tensor
 import mudsc_fast as mf
 from mudsc_fast import backends
 from mudsc_fast import similarity as terms_of
-from mudsc_fast.backends.triton import configs, covariance_sums, similarity_tiles
+from mudsc_fast.backends.triton import candidates, configs, covariance_sums, similarity_tiles
 from mudsc_fast.backends.triton.configs import ProductConfig
 
 interpreter_fixes.apply()
 # The launchers with CPU tensors: in this process alone.
 backends.BACKENDS = (
     *backends.BACKENDS,
-    backends.Backend("triton", "cpu", frozenset({"covariance", "similarity"})),
+    backends.Backend("triton", "cpu", frozenset({"covariance", "similarity", "assign_tile"})),
 )
 
 _tables = getattr(terms_of, "checked_tables", None) or terms_of._tables
@@ -353,7 +353,7 @@ def _kept_only(pieces: bool) -> Error:
         try:
             similarity_tiles.WORKSPACE = 1 if pieces else before[0]
             similarity_tiles.STRIP = 32
-            with cut_as(SMALL):
+            with cut_as(SMALL), few_columns():
                 tiles = similarity_tiles.Similarities(_tables(terms)[0], width, 2, 0.4, activation, CPU)
                 indices, values = tiles.candidates(k, v)
                 best = tiles.largest(u, v)
@@ -370,6 +370,99 @@ def _kept_only(pieces: bool) -> Error:
         )
 
     return error
+
+
+def _listed(kind: str, n: int, room: int) -> Error:
+    """Lists of a tile against all worths: the best columns up to float32's rounding, and bounds that hold exactly."""
+
+    def error(seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        store = torch.randn(3, n + 7, generator=generator)
+        prices = torch.rand(n, generator=generator, dtype=torch.float64)
+        if kind == "ties":
+            store, prices = (3 * store).round(), (2 * prices).round()
+        if kind == "equal":
+            store[:], prices[:] = 0.1, 0.3
+            store[1:, n // 2] = 0.7
+        if kind == "close":  # what is left of the entries cannot be told apart in float32 before the difference
+            prices = 0.5 + 1e-10 * torch.randn(n, generator=generator, dtype=torch.float64)
+            store[:] = 0.5
+        if kind == "clumped":  # the best columns fall into few groups
+            store[:, 3 :: candidates.BLOCK] += 10
+        tile = store.double()[:, :n] if kind == "float64" else store[:, :n]
+        worth = tile.double() - prices
+        columns, values, threshold, maxima = candidates.assign_tile(tile, seed, prices, room)
+        if columns.shape != (3, room) or not torch.equal(maxima, worth.amax(dim=1)):
+            return float("inf")
+        if room == 0:
+            return float(len(threshold))
+        index = columns.long()
+        distinct = bool((index.sort(dim=1).values.diff(dim=1) > 0).all()) and 0 <= int(index.min()) < n
+        left = worth.scatter(1, index, -torch.inf).amax(dim=1)
+        if not distinct or not torch.equal(values, tile.double().gather(1, index)) or bool((threshold < left).any()):
+            return float("inf")
+        if kind == "clumped":  # a bound that is not tight is the price of a kernel that keeps few columns
+            return 0.0
+        if not torch.equal(threshold, left):
+            return float("inf")
+        kept = worth.gather(1, index)
+        best = worth.topk(room, dim=1).values
+        scale = best.abs().amax(dim=1, keepdim=True)
+        return float(((kept.sort(dim=1, descending=True).values - best).abs() / scale).max())
+
+    return error
+
+
+def _spread(seed: int) -> float:
+    """Equal columns go to different rows: together the lists of a constant tile have most columns in them."""
+    n = 40
+    columns = candidates.assign_tile(torch.zeros(n, n), seed, torch.zeros(n, dtype=torch.float64), 4)[0]
+    return 0.0 if len(columns.unique()) > n // 2 else float("inf")
+
+
+def _hybrid(kind: str) -> Error:
+    """An assignment whose tiles, lists and proof are the kernels', against the whole similarity's optimum."""
+
+    def error(seed: int) -> float:
+        width = 37
+        weights = matrices(width, 70, 2, seed)
+        if kind == "dead units":
+            for w in weights:
+                w[::3] = 0.0
+        terms = [[w.float() for w in weights]]
+        seen = None
+        if kind == "both spaces":
+            seen = [torch.randn(50, width, generator=torch.Generator().manual_seed(seed + m)) for m in range(2)]
+        with cut_as(SMALL), few_columns():
+            source = mf.SimilarityTiles(terms, seen, 0.5, backend="triton")
+            found = mf.assign_tiled(source, candidates=3, tile_bytes=4 * width * 20, backend="triton")
+        whole = mf.SimilarityTiles(terms, seen, 0.5, backend="cpu").tile(torch.arange(width))
+        wanted = mf.reference.assign(whole)
+        taken = whole.double()[torch.arange(width), found.indices]
+        if len(found.indices.unique()) != width or float(found.gap) > 1e-6 * width:
+            return float("inf")
+        return max(float((wanted.value - taken.mean()).abs()), distance(found.value, wanted.value))
+
+    return error
+
+
+@contextmanager
+def few_columns() -> Iterator[None]:
+    """Blocks of few columns, so that a row has several."""
+    before = candidates.BLOCK
+    candidates.BLOCK = 32
+    try:
+        yield
+    finally:
+        candidates.BLOCK = before
+
+
+def _in_blocks(error: Error) -> Error:
+    def inner(seed: int) -> float:
+        with few_columns():
+            return error(seed)
+
+    return inner
 
 
 def _state(seed: int) -> float:
@@ -400,6 +493,7 @@ def _state(seed: int) -> float:
 
 _ADD = ("product.add_kernel", "split.split_kernel", "correlation.correlation_kernel")
 _BLENDED = ("product.blend_kernel", "split.split_kernel")
+_LISTED = ("candidates.collect_kernel", "candidates.order_kernel")
 
 
 def _cases() -> Iterator[Case]:
@@ -449,8 +543,22 @@ def _cases() -> Iterator[Case]:
     for kept, scope, balance in (("full", "full", 0.5), ("full", "cross", 0.25), ("cross", "cross", 0.75)):
         yield Case(f"similarity, blend {kept} into {scope}", _BLENDED, _blend("float32", kept, scope, balance))
     yield Case("similarity, blend in pieces", _BLENDED, _blend("bfloat16", "full", "full", 0.5, True))
-    yield Case("candidates, reduced costs and rows", _BLENDED, _kept_only(False))
-    yield Case("candidates, reduced costs and rows, in pieces", (*_BLENDED, "product.add_kernel"), _kept_only(True))
+    kept = (*_BLENDED, *_LISTED)
+    yield Case("candidates, reduced costs and rows", kept, _kept_only(False))
+    yield Case("candidates, reduced costs and rows, in pieces", (*kept, "product.add_kernel"), _kept_only(True))
+    for kind, n, room in (
+        ("any", 1, 1), ("any", 31, 31), ("any", 32, 5), ("any", 33, 16), ("any", 65, 17), ("any", 200, 30),
+        ("ties", 97, 9), ("equal", 70, 8), ("close", 64, 7), ("clumped", 1700, 16), ("any", 150, 0),
+    ):  # fmt: skip
+        error = _in_blocks(_listed(kind, n, room))
+        kernels = _LISTED if room else _LISTED[:1]
+        yield Case(f"lists of a tile, {kind}, {n} columns, {room} kept", kernels, error, USUAL)
+    yield Case("lists of a tile, any, 1100 columns, 128 kept", _LISTED, _listed("any", 1100, 128), USUAL)
+    yield Case("lists of a tile, float64, by torch", (), _listed("float64", 40, 6), 0.0)
+    yield Case("lists of a tile, any, longer than the kernel's, by torch", (), _listed("any", 300, 129), 0.0)
+    yield Case("lists of a tile, equal columns go to different rows", _LISTED, _in_blocks(_spread), 0.0)
+    for kind in ("weights", "both spaces", "dead units"):
+        yield Case(f"assignment, {kind}", kept, _hybrid(kind), extra=kind == "weights")
 
 
 CASES = tuple(_cases())

@@ -130,9 +130,15 @@ def zip_problems(
     budget: Tensor,
     block_budget: Tensor,
     scratch_short: int = 0,
+    steps_a_launch: int = 0,
+    stop_at_poll: int = 0,
     **options: int,
 ) -> Checked:
-    """``units``, ``model_of``: (problems, n); budgets: (problems, models). Equal to the CPU kernel, bit for bit."""
+    """``units``, ``model_of``: (problems, n); budgets: (problems, models). Equal to the CPU kernel, bit for bit.
+
+    steps_a_launch: merges of one launch; 0: the launcher's own number. stop_at_poll: which question whether to stop is
+    answered with yes; 0: none.
+    """
     problems, n = units.shape
     arrays = [
         _memory(similarity, 0).numpy(),
@@ -145,7 +151,8 @@ def zip_problems(
         np.zeros(problems, dtype=np.int64),
         np.full(problems, -7, dtype=np.int32),
     ]
-    integers = [DTYPES[similarity.dtype], n, models, merges, problems, *similarity.stride(), scratch_short]
+    integers = [DTYPES[similarity.dtype], n, models, merges, problems, *similarity.stride()]
+    integers += [steps_a_launch, stop_at_poll, scratch_short]
     case = Case(ZIP, integers, arrays, reals=[attenuation], **options)
 
     def verdict() -> str:
@@ -195,8 +202,9 @@ def random_zip(generator: torch.Generator, most: int = 70, **options: int) -> Ch
     budget = torch.randint(0, max(1, n // 2) + 1, (problems, models), generator=generator)
     block_budget = torch.randint(0, n + 1, (problems, models), generator=generator)
     attenuation = (0.5, 0.25, 1.0, 0.0)[draw(0, 3)]
+    merges, steps = draw(0, n - 1), (0, 1, 2, 7)[draw(0, 3)]
     return zip_problems(
-        similarity, units, model_of, models, draw(0, n - 1), attenuation, budget, block_budget, **options
+        similarity, units, model_of, models, merges, attenuation, budget, block_budget, steps_a_launch=steps, **options
     )
 
 

@@ -108,6 +108,10 @@ std::string run_zip(Case& c) {
     a.zip.total = c.arrays[6].as<double>();
     a.zip.made = c.arrays[7].as<int64_t>();
     a.status = c.arrays[8].as<int32_t>();
+    a.steps_a_launch = c.take();
+    int64_t polls = c.take();  // the one that says stop; 0: none
+    const auto stop = [](void* left) { return --*static_cast<int64_t*>(left) == 0; };
+    a.zip.poll = mudsc::Poll{stop, &polls};
     const Memory scratch(mudsc::cuda::zip_scratch_bytes(a) - c.take());
     a.scratch = scratch.data;
     a.scratch_bytes = scratch.bytes;

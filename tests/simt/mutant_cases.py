@@ -50,11 +50,9 @@ def _zips(generator: torch.Generator, options: dict[str, int], tiny: bool) -> li
         model_of = (torch.arange(n) * 2 // n).expand(problems, n).contiguous()
         budget = torch.tensor([[3, 2]]).repeat(problems, 1)  # both come to their end
         merges = 12 if tiny else n // 2
-        found.append(
-            cases.zip_problems(
-                similarity, units, model_of, 2, merges, attenuation, budget, torch.full_like(budget, n), **options
-            )
-        )
+        full = torch.full_like(budget, n)
+        options = {**options, "steps_a_launch": 5}
+        found.append(cases.zip_problems(similarity, units, model_of, 2, merges, attenuation, budget, full, **options))
     return found if tiny else [*found, _negative(options)]
 
 

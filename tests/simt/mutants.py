@@ -37,6 +37,17 @@ EDITS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("k == last ||", "(k == last && !@) ||", "the old maximum of the row merged last"),
         ("(lost || i < with)", "(lost || (i < with && !@))", "ties go to the partner that was first found"),
         ("better(row, top) ?", "!@ && better(row, top) ?", "the row merged last is never chosen"),
+        (
+            "resume(p.check[problem].last);",
+            "resume(@ ? -1 : p.check[problem].last);",
+            "a row's maximum is not found again",
+        ),
+        ("total = p.total[problem];", "total = @ ? 0 : p.total[problem];", "the sum of the launches before is lost"),
+        (
+            "p.first_step = static_cast<int>(first);",
+            "p.first_step = static_cast<int>(first + @);",
+            "a merge is left out",
+        ),
         ("if (model[c] == m) work", "if ((model[c] == m) != @) work", "the other models' pairs are barred"),
     ),
     "assign": (

@@ -644,6 +644,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return static_cast<cudaError_t>(simt::injected("cudaStreamSynchronize"));  // launches have ended when they return
+}
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
     if (const int code = simt::injected("cudaMemsetAsync")) return static_cast<cudaError_t>(code);
     memset(memory, value, bytes);

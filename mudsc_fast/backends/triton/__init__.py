@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mudsc_fast.backends.triton.candidates import assign_tile
 from mudsc_fast.backends.triton.covariance_sums import TritonCovariance, add_to
-from mudsc_fast.backends.triton.similarity_tiles import Similarities, assign_tile, similarity
+from mudsc_fast.backends.triton.similarity_tiles import Similarities, similarity
 
 __all__ = ["Similarities", "TritonCovariance", "add_to", "assign_tile", "covariance", "similarity"]
 

@@ -325,6 +325,7 @@ def add_product(
     steps: int | None = None,
     rows: tuple[int, int] | None = None,
     lengthen: int = 1,
+    repeatable: bool = False,
 ) -> None:
     """Add X^T Y to ``out``.
 
@@ -336,6 +337,7 @@ def add_product(
         steps: how many steps of ``config.depth`` samples, from the first; None: all.
         rows: the strip of left units that ``out`` has; it starts at a tile's edge.
         lengthen: chunks are as many times ``config.chunk`` samples long (``lengthening``).
+        repeatable: never share a tile's chunks out, so that its sums come out the same in any strip.
     """
     x, y, meta = _common(left, right, config)
     first, last = rows or (0, left.units)
@@ -345,7 +347,7 @@ def add_product(
     workers = programs(out.device)
     chunk_steps = config.chunk * lengthen // config.depth
     splits = 1
-    if len(tiles) < workers and not torch.are_deterministic_algorithms_enabled():
+    if len(tiles) < workers and not (repeatable or torch.are_deterministic_algorithms_enabled()):
         # Too few tiles to go round: their chunks are shared out, and the order of additions is left to chance.
         splits = max(1, min(workers // len(tiles), -(-steps // (chunk_steps * config.held))))
     into = out
@@ -379,6 +381,7 @@ def blend_products(
     largest: bool = False,
     rows: tuple[int, int] | None = None,
     lengthen: int = 1,
+    repeatable: bool = False,
 ) -> None:
     """Finish similarities: see ``blend_kernel``.
 
@@ -400,7 +403,7 @@ def blend_products(
         prices: (right units,), float32, taken off every row.
         largest: keep only the largest of each row.
         rows: the strip of left units to compute, a multiple of the tile's rows at its start.
-        lengthen: as in ``add_product``.
+        lengthen, repeatable: as in ``add_product``.
     """
     x, y, meta = _common(left, right, config)
     first, last = rows or (0, left.units)
@@ -413,7 +416,7 @@ def blend_products(
         # What is added up in tensor cores stays short (``configs``): all but the last chunk goes through memory.
         if not continued:
             held.zero_()
-        add_product(left, right, held, triangle, config, before, (first, last), lengthen)
+        add_product(left, right, held, triangle, config, before, (first, last), lengthen, repeatable)
     workers = programs(out.device)
     with launching("product.blend_kernel", out.device):
         blend_kernel[(min(workers, len(tiles)),)](

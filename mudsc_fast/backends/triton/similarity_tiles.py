@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mudsc_fast.backends.cpu_covariance import similarity_shape
 from mudsc_fast.backends.torch_device import DEAD, TorchCovariance
+from mudsc_fast.backends.triton.candidates import MOST, worth_most
 from mudsc_fast.backends.triton.configs import product_config
 from mudsc_fast.backends.triton.covariance_sums import FEW, HALF, HUGE, RAW_RATIO, TINY
 from mudsc_fast.backends.triton.launching import allocate, capability
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 WORKSPACE = 2**30  # bytes of planes at a time
 STRIP = 1024  # rows of similarities that exist at a time where the whole is not wanted
-MOST_CANDIDATES = 128
 
 
 def similarity(
@@ -78,8 +78,10 @@ class Similarities:
         balance: float,
         activation: Covariance | None,
         device: torch.device,
+        name: str = "terms",
     ) -> None:
         self.width, self.models, self.balance, self.device = width, models, balance, device
+        self._name = name
         self.config = product_config("blend", capability(device))
         self._terms = [_sources(row) for row in tables]
         self.columns = sum(term[0].samples for term in self._terms)
@@ -111,7 +113,7 @@ class Similarities:
         flags = torch.cat((torch.stack([moments[2].sum() for moments in found]), largest[None])).tolist()
         for t, bad in enumerate(flags[:-1]):
             if bad:
-                raise ValueError(f"terms[{t}]: expected finite weights, got NaN or infinity")
+                raise ValueError(f"{self._name}[{t}]: expected finite values, got NaN or infinity")
         self._shift = torch.zeros(self.models, self.width, device=self.device)
         self._scale = torch.ones(self.models, self.width, device=self.device)
         self._lengthen = lengthening(0.0)  # about the means
@@ -235,12 +237,14 @@ class Similarities:
         blend_products(
             operands[m], operands[other], out, moments, self.columns, activation, self.balance, self.config,
             partial=partial, continued=continued, triangle=triangle, mirror=mirror, prices=prices, largest=largest,
-            rows=rows, lengthen=self._lengthen,
+            rows=rows, lengthen=self._lengthen, repeatable=rows is not None,
         )  # fmt: skip
 
     def _add_strip(self, operands: list[Operand], m: int, strip: Tensor, first: int, last: int) -> None:
-        rows = first, last
-        add_product(operands[0], operands[m], strip, False, self.config, rows=rows, lengthen=self._lengthen)
+        add_product(
+            operands[0], operands[m], strip, False, self.config, rows=(first, last), lengthen=self._lengthen,
+            repeatable=True,
+        )  # fmt: skip
 
     def _strips(self, m: int, prices: Tensor | None, largest: bool) -> Iterator[tuple[int, int, Tensor]]:
         """Strips of the similarities of models 0 and m: first row, one past the last, (rows, width) or (rows,)."""
@@ -277,21 +281,23 @@ class Similarities:
         Raises:
             ValueError: k or m out of range, prices of another shape.
         """
-        if not 1 <= k <= min(MOST_CANDIDATES, self.width):
-            raise ValueError(f"k: expected 1..{min(MOST_CANDIDATES, self.width)}, got {k}")
-        less = self._checked(prices, m)
+        if not 1 <= k <= min(MOST, self.width):
+            raise ValueError(f"k: expected 1..{min(MOST, self.width)}, got {k}")
+        self._checked(prices, m)
         indices = torch.empty(self.width, k, dtype=torch.int64, device=self.device)
         values = torch.empty(self.width, k, device=self.device)
-        for first, last, strip in self._strips(m, less, False):
-            found = strip.topk(k, dim=1)
-            indices[first:last] = found.indices
-            values[first:last] = found.values if less is None else found.values + less[found.indices]
+        less = torch.zeros(self.width) if prices is None else prices
+        less = less.to(self.device, torch.float64)
+        for first, last, strip in self._strips(m, None, False):
+            indices[first:last], values[first:last], _, _ = worth_most(strip, first, less, k)
         return indices, values
 
     def largest(self, u: Tensor, v: Tensor, m: int = 1) -> Tensor:
-        """The largest reduced cost of each row: max over j of s_ij - u_i - v_j, (width,), float32.
+        """The largest reduced cost of each row: max over j of s_ij - u_i - v_j, (width,), float64.
 
-        Duals are feasible, and an assignment that is tight under them is proven best, where none is above rounding.
+        Duals are feasible, and an assignment that is tight under them is proven best, where none is above 0. Neither
+        duals nor differences are kept in full: v is rounded to float32, then s - v. So a result may be wrong by
+        2**-24 (2 |v| + |s|) for the largest v and s; ``assign_tiled`` takes exact maxima of tiles instead.
 
         Args:
             u, v: (width,), floating: duals of the rows and of the columns.
@@ -300,13 +306,13 @@ class Similarities:
         Raises:
             ValueError: m out of range, duals of another shape.
         """
-        rows = self._checked(u, m)
+        self._checked(u, m)
         prices = self._checked(v, m)
         found = torch.cat([best.clone() for _, _, best in self._strips(m, prices, True)])
-        return found if rows is None else found - rows
+        return found.double() - u.to(self.device, torch.float64)
 
     def rows(self, wanted: Tensor, m: int = 1) -> Tensor:
-        """Some rows in full: (rows, width), float32.
+        """Some rows in full: (rows, width), float32; the same whenever they are asked for, and with whatever others.
 
         Args:
             wanted: (rows,), int64: units of model 0, in any order.
@@ -319,19 +325,20 @@ class Similarities:
         wanted = wanted.to(self.device, torch.int64)
         if wanted.dim() != 1 or not len(wanted) or int(wanted.min()) < 0 or int(wanted.max()) >= self.width:
             raise ValueError(f"wanted: expected units 0..{self.width - 1}, got {tuple(wanted.shape)} of them")
-        tall = self.config.rows
         out = torch.empty(len(wanted), self.width, device=self.device)
-        for first, last in _runs(wanted, tall, self.width):
-            strip = torch.empty(last - first, self.width, device=self.device)
+        for strips in _strips_of(wanted, self.config.rows, self.width):
+            parts = [torch.empty(last - first, self.width, device=self.device) for first, last in strips]
             for k, (operands, final) in enumerate(self._packed()):
-                if final:
-                    self._blend(operands, 0, m, strip, continued=k > 0, rows=(first, last))
-                    continue
-                if k == 0:
-                    strip.zero_()
-                self._add_strip(operands, m, strip, first, last)
-            here = (wanted >= first) & (wanted < last)
-            out[here] = strip[wanted[here] - first]
+                for (first, last), part in zip(strips, parts, strict=True):
+                    if final:
+                        self._blend(operands, 0, m, part, continued=k > 0, rows=(first, last))
+                        continue
+                    if k == 0:
+                        part.zero_()
+                    self._add_strip(operands, m, part, first, last)
+            for (first, last), part in zip(strips, parts, strict=True):
+                here = (wanted >= first) & (wanted < last)
+                out[here] = part[wanted[here] - first]
         return out
 
     def tile(self, rows: Tensor) -> Tensor:
@@ -348,14 +355,24 @@ class Similarities:
         return vector.to(self.device, torch.float32).contiguous()
 
 
-def _runs(wanted: Tensor, tall: int, width: int) -> Iterator[tuple[int, int]]:
-    """Strips of whole tile rows that hold the wanted rows, neighbours joined: first row, one past the last."""
-    blocks = (wanted // tall).unique().tolist()
-    start = blocks[0]
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-        if after != block + 1:
-            yield start * tall, min((block + 1) * tall, width)
-            start = after
+def _strips_of(wanted: Tensor, tall: int, width: int) -> Iterator[list[tuple[int, int]]]:
+    """Strips of whole tile rows that hold the wanted rows, first row and one past the last, neighbours joined.
+
+    Those of one list are computed together; they have no more rows than are wanted, or than STRIP.
+    """
+    most = max(len(wanted), STRIP) // tall
+    strips: list[tuple[int, int]] = []
+    used = 0
+    for block in (wanted // tall).unique().tolist():
+        if strips and used >= most:
+            yield strips
+            strips, used = [], 0
+        start = block * tall
+        if strips and strips[-1][1] == start:
+            start = strips.pop()[0]
+        strips.append((start, min((block + 1) * tall, width)))
+        used += 1
+    yield strips
 
 
 def _sources(row: list[Table]) -> list[Source]:
@@ -369,38 +386,6 @@ def _sources(row: list[Table]) -> list[Source]:
             if all(source is not None for source in cut):
                 return [source for source in cut if source is not None]
     return [_tabled(*table) for table in row]
-
-
-def assign_tile(tile: Tensor, first_row: int, prices: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The ``room`` columns of each row of a tile that are worth most at some prices, found where the tile lies.
-
-    Args:
-        tile: (rows, width), float32 or float64.
-        first_row: for messages.
-        prices: (width,), float64, CPU.
-        room: how many columns; 0: the largest alone.
-
-    Returns:
-        On the CPU: columns (rows, room), int32; their entries (rows, room), float64; thresholds (rows,), float64: no
-            column
-        left out has a larger s - price; and the largest s - price of each row (rows,), float64.
-
-    Raises:
-        ValueError: NaN or infinity in the tile.
-    """
-    worth = tile.double() - prices.to(tile.device)
-    finite = torch.isfinite(worth).all(dim=1)
-    if not bool(finite.all()):
-        row = first_row + int(finite.logical_not().nonzero()[0, 0])
-        raise ValueError(f"similarity: expected finite values, got NaN or infinity in row {row}")
-    kept = worth.topk(max(room, 1), dim=1)
-    maxima = kept.values[:, 0].cpu()
-    if room == 0:
-        nothing = torch.empty(len(tile), 0)
-        return nothing.int(), nothing.double(), torch.empty(0, dtype=torch.float64), maxima
-    # The least that is kept bounds what is left out; where nothing is left out, nothing is bounded.
-    threshold = kept.values[:, -1].cpu() if room < tile.shape[1] else torch.full((len(tile),), -torch.inf).double()
-    return kept.indices.int().cpu(), tile.gather(1, kept.indices).double().cpu(), threshold, maxima
 
 
 def _offsets(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -100,6 +100,7 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetLastError();
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
 cudaError_t simtFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t simtOccupancy(int* blocks, const void* kernel, int threads, size_t shared);

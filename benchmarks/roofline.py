@@ -80,6 +80,9 @@ def shapes() -> Iterator[Shape]:
             f"similarity, bf16, cross, {width} units, {k:,} columns", "product.blend_kernel", "cross, 1 plane", one,
             4.0 * width * k + 8.0 * width * width * k / 4096, one,
         )  # fmt: skip
+    for n in (14_336, 28_672):
+        name = f"lists of a similarity's rows, {n} units"
+        yield Shape(name, "candidates.collect_kernel", "lists of up to 128", 0.0, 4.0 * n * n)
     for n in (8192, 28_672):
         yield Shape(
             f"correlations, {n} units", "correlation.correlation_kernel", "triangle", 0.0, 6.0 * n * n

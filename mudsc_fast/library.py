@@ -8,7 +8,7 @@ CUDA graph. None has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,23 +17,82 @@ from torch import Tensor
 from mudsc_fast import assignment, backends, regrouping, similarity, zipping
 
 
-def _define(name: str, schema: str, mutates: Sequence[str] = ()) -> Any:
-    return torch.library.custom_op(f"mudsc_fast::{name}", mutates_args=tuple(mutates), schema=schema)
+def _op(schema: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as the op of its name, with what its results look like."""
+
+    def register(run: Callable[..., Any]) -> Any:
+        made = torch.library.custom_op(f"mudsc_fast::{run.__name__}", run, mutates_args=tuple(mutates), schema=schema)
+        made.register_fake(fake)
+        return made
+
+    return register
 
 
-@_define("regroup", "(Tensor tensor, Tensor labels, int dim, int size, Tensor? scale=None) -> Tensor")
+# ---- what results look like; arguments that say nothing about that are left to `*_` ----
+
+
+def _like_regroup(tensor: Tensor, labels: Tensor, dim: int, size: int, *_: object) -> Tensor:
+    dim %= tensor.dim()
+    return regrouping._empty_in_order_of(tensor, [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
+
+
+def _like_assign(similarity: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, n = similarity.shape[:-2], similarity.shape[-1]
+    value = similarity.new_empty(batch, dtype=torch.float64)
+    dual = similarity.new_empty((*batch, n), dtype=torch.float64)
+    indices = similarity.new_empty((*batch, n), dtype=torch.int64)
+    return indices, value, dual, torch.empty_like(dual), torch.empty_like(value)
+
+
+def _like_assign_blocks(similarity: Tensor, blocks: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    indices, value, *_rest = _like_assign(similarity)
+    return indices, value, similarity.new_empty((*similarity.shape[:-2], blocks), dtype=torch.int64)
+
+
+def _like_zip_units(similarity: Tensor, models: int, width: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    labels = similarity.new_empty((models, similarity.shape[0] // models), dtype=torch.int64)
+    sizes = similarity.new_empty((width,), dtype=torch.int64)
+    return labels, sizes, similarity.new_empty((), dtype=torch.float64)
+
+
+def _like_dual_similarity(
+    weights: Sequence[Tensor],
+    dims: Sequence[int],
+    models: int,
+    active: Tensor | None = None,
+    balance: float = 1.0,
+    scope: str = "cross",
+) -> Tensor:
+    width = weights[0].shape[dims[0]]
+    wide = any(tensor.dtype == torch.float64 for tensor in weights)
+    dtype = torch.float64 if wide else torch.float32
+    dtype = dtype if active is None else torch.promote_types(dtype, active.dtype)
+    shape = (models - 1, width, width) if scope == "cross" else (models * width, models * width)
+    return weights[0].new_empty(shape, dtype=dtype)
+
+
+def _like_covariance_update(
+    gram: Tensor, vectors: Tensor, features: Sequence[Tensor], dim: int = -1, planes: int = 3
+) -> None:
+    _checked_sums(gram, vectors, features, dim, planes)
+
+
+# ---- the ops ----
+
+
+@_op(
+    "(Tensor tensor, Tensor labels, int dim, int size, Tensor? scale=None) -> Tensor",
+    _like_regroup,
+)
 def regroup(tensor: Tensor, labels: Tensor, dim: int, size: int, scale: Tensor | None = None) -> Tensor:
     """``mudsc_fast.regroup`` into a new tensor."""
     return regrouping.regroup(tensor, labels, dim, size, scale)
 
 
-@regroup.register_fake
-def _(tensor: Tensor, labels: Tensor, dim: int, size: int, scale: Tensor | None = None) -> Tensor:
-    dim %= tensor.dim()
-    return regrouping._empty_in_order_of(tensor, [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
-
-
-@_define("assign", "(Tensor similarity, Tensor? u=None, Tensor? v=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+@_op(
+    "(Tensor similarity, Tensor? u=None, Tensor? v=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _like_assign,
+)
 def assign(
     similarity: Tensor, u: Tensor | None = None, v: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -43,18 +102,10 @@ def assign(
     return indices, value, found.duals[0].clone(), found.duals[1].clone(), gap
 
 
-@assign.register_fake
-def _(
-    similarity: Tensor, u: Tensor | None = None, v: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, n = similarity.shape[:-2], similarity.shape[-1]
-    value = similarity.new_empty(batch, dtype=torch.float64)
-    dual = similarity.new_empty((*batch, n), dtype=torch.float64)
-    indices = similarity.new_empty((*batch, n), dtype=torch.int64)
-    return indices, value, dual, torch.empty_like(dual), torch.empty_like(value)
-
-
-@_define("assign_blocks", '(Tensor similarity, int blocks, str within="free") -> (Tensor, Tensor, Tensor)')
+@_op(
+    '(Tensor similarity, int blocks, str within="free") -> (Tensor, Tensor, Tensor)',
+    _like_assign_blocks,
+)
 def assign_blocks(similarity: Tensor, blocks: int, within: str = "free") -> tuple[Tensor, Tensor, Tensor]:
     """``mudsc_fast.assign_blocks``: indices, value, block indices."""
     found = assignment.assign_blocks(similarity, blocks, within)
@@ -63,18 +114,10 @@ def assign_blocks(similarity: Tensor, blocks: int, within: str = "free") -> tupl
     return found.indices.clone(), found.value.clone(), found.block_indices.clone()
 
 
-@assign_blocks.register_fake
-def _(similarity: Tensor, blocks: int, within: str = "free") -> tuple[Tensor, Tensor, Tensor]:
-    batch, n = similarity.shape[:-2], similarity.shape[-1]
-    indices = similarity.new_empty((*batch, n), dtype=torch.int64)
-    value = similarity.new_empty(batch, dtype=torch.float64)
-    return indices, value, similarity.new_empty((*batch, blocks), dtype=torch.int64)
-
-
-@_define(
-    "zip_units",
+@_op(
     "(Tensor similarity, int models, int width, float attenuation=0.5, float budget=1.0, int blocks=1, "
     "Tensor? block_indices=None) -> (Tensor, Tensor, Tensor)",
+    _like_zip_units,
 )
 def zip_units(
     similarity: Tensor,
@@ -90,24 +133,9 @@ def zip_units(
     return found.labels, found.sizes, found.value
 
 
-@zip_units.register_fake
-def _(
-    similarity: Tensor,
-    models: int,
-    width: int,
-    attenuation: float = 0.5,
-    budget: float = 1.0,
-    blocks: int = 1,
-    block_indices: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    labels = similarity.new_empty((models, similarity.shape[0] // models), dtype=torch.int64)
-    sizes = similarity.new_empty((width,), dtype=torch.int64)
-    return labels, sizes, similarity.new_empty((), dtype=torch.float64)
-
-
-@_define(
-    "dual_similarity",
+@_op(
     '(Tensor[] weights, int[] dims, int models, Tensor? active=None, float balance=1.0, str scope="cross") -> Tensor',
+    _like_dual_similarity,
 )
 def dual_similarity(
     weights: Sequence[Tensor],
@@ -138,26 +166,9 @@ def dual_similarity(
     return found.to(dtype).mul_(balance).add_(active, alpha=1.0 - balance)
 
 
-@dual_similarity.register_fake
-def _(
-    weights: Sequence[Tensor],
-    dims: Sequence[int],
-    models: int,
-    active: Tensor | None = None,
-    balance: float = 1.0,
-    scope: str = "cross",
-) -> Tensor:
-    width = weights[0].shape[dims[0]]
-    wide = any(tensor.dtype == torch.float64 for tensor in weights)
-    dtype = torch.float64 if wide else torch.float32
-    dtype = dtype if active is None else torch.promote_types(dtype, active.dtype)
-    shape = (models - 1, width, width) if scope == "cross" else (models * width, models * width)
-    return weights[0].new_empty(shape, dtype=dtype)
-
-
-@_define(
-    "covariance_update",
+@_op(
     "(Tensor(a!) gram, Tensor(b!) vectors, Tensor[] features, int dim=-1, int planes=3) -> ()",
+    _like_covariance_update,
     ("gram", "vectors"),
 )
 def covariance_update(
@@ -192,11 +203,6 @@ def covariance_update(
     vectors[3] += y.double().square().sum(dim=0)
     rows, others = (y[:, :width], y[:, width:]) if cross else (y, y)
     gram.addmm_(rows.T, others)
-
-
-@covariance_update.register_fake
-def _(gram: Tensor, vectors: Tensor, features: Sequence[Tensor], dim: int = -1, planes: int = 3) -> None:
-    _checked_sums(gram, vectors, features, dim, planes)
 
 
 def _checked_sums(

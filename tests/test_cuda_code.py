@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,13 @@ def test_zip_fits_one_block_on_every_multiprocessor_and_reads_sixteen_bytes(reco
     for r in [r for r in records if r["kernel"] == "zip_kernel"]:
         assert r["blocks_an_sm"] >= 1
         assert r["loads_16"] >= 2, r["variant"]
+
+
+@needs_nvcc
+def test_the_document_counts_the_compilations(records: list[dict[str, Any]]) -> None:
+    text = (cuda_code.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    shown = {name: int(n) for name, n in re.findall(r"`(csrc/cuda/\w+\.cu)` \| \d+ \| (\d+) \|", text)}
+    assert shown == Counter(r["source"] for r in records)
 
 
 def test_a_fault_is_seen() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks.proof import __main__ as proof
-from benchmarks.proof import cuda_cases
+from benchmarks.proof import cuda_cases, table
 
+DOCUMENT = proof.ROOT / "docs" / "gpu.md"
 TRITON = {"kernel": "product.add_kernel", "source": "backends/triton/product.py", "arch": "sm_90", "faults": []}
 CUDA = {"kernel": "lines_kernel", "source": "csrc/cuda/regroup.cu", "arch": "sm_90a", "faults": []}
 
@@ -33,6 +35,31 @@ def test_records_carry_the_counts_of_their_kernels_cases() -> None:
     ]
     for record in joined:
         assert {"kernel", "source", "arch", "cases", "failures"} <= set(record)
+
+
+def a_record_of_each() -> list[dict[str, object]]:
+    made: list[dict[str, object]] = []
+    for name in table.OPS:
+        triton = "." in name
+        kernel, compiler = (name, "triton") if triton else (f"{name}_kernel", "nvcc")
+        source = f"mudsc_fast/backends/triton/{name.split('.')[0]}.py" if triton else f"csrc/cuda/{name}.cu"
+        made.append({"kernel": kernel, "source": source, compiler: "9.9", "cases": 5, "failures": 0})
+    return made
+
+
+def test_the_table_has_every_kernel_and_refuses_what_it_does_not_know() -> None:
+    records = a_record_of_each()
+    shown = table.table([*records, records[0]])
+    assert "| covariance | `product.add_kernel` | `backends/triton/product.py` | 5 | 2 | not yet |" in shown
+    assert "| zip | `zip_kernel` | `csrc/cuda/zip.cu` | 5 | 1 | not yet |" in shown
+    for wrong in (records[1:], [*records, records[0] | {"kernel": "mine"}], [*records, records[0] | {"failures": 1}]):
+        with pytest.raises(ValueError, match="records: "):
+            table.table(wrong)
+
+
+def test_the_document_counts_the_cases_of_the_cuda_sources() -> None:
+    shown = re.findall(r"`csrc/cuda/\w+\.cu` \| (\d+) \|", DOCUMENT.read_text(encoding="utf-8"))
+    assert [int(n) for n in shown] == [sum(cuda_cases.COUNTS.values())] * 3
 
 
 def test_without_compilers_proof_a_stands_alone() -> None:

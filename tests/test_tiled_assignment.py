@@ -48,6 +48,18 @@ def test_few_rows_are_read_where_lists_are_long_enough() -> None:
     assert rounds[-1].candidates == 8 * n
 
 
+def test_terms_and_features_of_two_devices_are_refused() -> None:
+    terms = [[torch.randn(4, 6), torch.randn(4, 6)]]
+    here, elsewhere = torch.randn(9, 4), torch.empty(9, 4, device="meta")
+    for features, place in (([elsewhere, here], 0), ([here, elsewhere], 1)):
+        with pytest.raises(ValueError, match=rf"features\[{place}\]: expected a tensor on cpu, got one on meta"):
+            mf.SimilarityTiles(terms, features)
+    with pytest.raises(ValueError, match=r"features\[1\]: expected a tensor on cpu"):
+        mf.SimilarityTiles((), [here, elsewhere])
+    with pytest.raises(ValueError, match="'triton' does not run 'similarity' on 'cpu' tensors"):
+        mf.SimilarityTiles(terms, backend="triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_candidates_are_the_best_columns(isa: str, threads: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)

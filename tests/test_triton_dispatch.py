@@ -59,6 +59,7 @@ def test_asked_for_by_name_it_runs_or_says_why(monkeypatch: pytest.MonkeyPatch) 
         backends.pick("zip", "cuda", "triton")
     assert backends.pick("covariance", "cuda").name == "torch_device"
     assert backends.pick("similarity", "cuda").name == "host"
+    assert backends.pick("assign_tile", "cuda").name == "host"
 
 
 def test_with_a_gpu_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +68,7 @@ def test_with_a_gpu_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert backends.pick("covariance", "cuda").name == "triton"
     assert backends.pick("similarity", "cuda").name == "triton"
+    assert backends.pick("assign_tile", "cuda").name == "triton"
 
 
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no wheel for this system")

@@ -387,6 +387,8 @@ def _listed(kind: str, n: int, room: int) -> Error:
         if kind == "close":  # what is left of the entries cannot be told apart in float32 before the difference
             prices = 0.5 + 1e-10 * torch.randn(n, generator=generator, dtype=torch.float64)
             store[:] = 0.5
+        if kind == "first":  # the column that is met last where a row's turn begins at the second
+            store[:, 0] += 10
         if kind == "clumped":  # the best columns fall into few groups
             store[:, 3 :: candidates.BLOCK] += 10
         tile = store.double()[:, :n] if kind == "float64" else store[:, :n]
@@ -548,7 +550,7 @@ def _cases() -> Iterator[Case]:
     yield Case("candidates, reduced costs and rows, in pieces", (*kept, "product.add_kernel"), _kept_only(True))
     for kind, n, room in (
         ("any", 1, 1), ("any", 31, 31), ("any", 32, 5), ("any", 33, 16), ("any", 65, 17), ("any", 200, 30),
-        ("ties", 97, 9), ("equal", 70, 8), ("close", 64, 7), ("clumped", 1700, 16), ("any", 150, 0),
+        ("ties", 97, 9), ("equal", 70, 8), ("close", 64, 7), ("clumped", 1700, 16), ("first", 33, 4), ("any", 150, 0),
     ):  # fmt: skip
         error = _in_blocks(_listed(kind, n, room))
         kernels = _LISTED if room else _LISTED[:1]

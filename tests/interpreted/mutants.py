@@ -36,9 +36,9 @@ MUTANTS = (
     ("split", "offset = s.to(tl.int64)[:, None] * inner_step", "offset = (s * inner_step.to(tl.int32))[:, None]", "covariance, strides past 32 bits"),
     ("candidates", "(above > 3 * KEPT)", "(above < 0)", "lists of a tile, clumped, 1700 columns, 16 kept"),
     ("candidates", "n, turn) < last)", "n, turn) <= last)", "lists of a tile, any, 33 columns, 16 kept"),
-    ("candidates", "c = tl.where(c >= n, c - n, c)", "c = tl.where(c > n, c - n, c)", "lists of a tile, any, 65 columns, 17 kept"),
+    ("candidates", "c = tl.where(c >= n, c - n, c)", "c = tl.where(c > n, c - n, c)", "lists of a tile, first, 33 columns, 4 kept"),
     ("candidates", "tl.where(inside, narrow, float(\"-inf\"))", "narrow", "lists of a tile, any, 33 columns, 16 kept"),
-    ("candidates", "into + 4 * KEPT - 1 - at", "into + 4 * KEPT - 2 - at", "lists of a tile, equal, 70 columns, 8 kept"),
+    ("candidates", "(same > 0) & (at < KEPT)", "(same > 0) & (at < 1)", "lists of a tile, equal, 70 columns, 8 kept"),
     ("candidates", "== room - 1", "== 0", "lists of a tile, ties, 97 columns, 9 kept"),
     ("correlation", "inside = inside & (r[:, None] <= c[None, :])", "inside = inside & (r[:, None] <= c[None, :] + 200)", "covariance, bfloat16, width 65"),
 )  # fmt: skip

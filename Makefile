@@ -70,7 +70,9 @@ quality: $(PACKAGE) $(STAMPS)/with-demo
 	PYTHONPATH=examples $(PY) -m fashion_mnist train $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist evaluate $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist cost $(ARGS)
+	PYTHONPATH=examples $(PY) -m fashion_mnist landscape $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist table
+	PYTHONPATH=examples $(PY) -m fashion_mnist plots
 
 quality-quick: $(PACKAGE) $(STAMPS)/with-demo
 	$(PY) examples/digits_quality.py --out out/quality/digits.json $(ARGS)

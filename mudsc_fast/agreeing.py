@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mudsc_fast.batches import check_batches, evaluation, feed, home
 from mudsc_fast.hooks import first_tensor
 from mudsc_fast.installing import installed
+from mudsc_fast.repairs.targets import check_heads
 
 
 def agreement(
@@ -27,15 +28,19 @@ def agreement(
         parent's, both less their mean over the inputs.
     prepare: what to do to the merged module first, such as resetting its batch norm.
 
-    Each number is at most 1. Meant for `search_balance`, as its `evaluate`.
+    Each number is at most 1. Meant for `search_balance`, as its `evaluate`. Raises ValueError for no batches, and heads
+    that are not one finite matrix a model or do not fit its outputs.
     """
     batches = list(check_batches(batches))
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
     models = list(models)
-    if heads is not None and len(heads) != len(models):
-        raise ValueError(f"heads: expected one matrix for each of {len(models)} models, got {len(heads)}")
+    if heads is not None:
+        heads = check_heads(heads, len(models))
     wanted = [outputs(model, batches) for model in models]
+    for m, (z, h) in enumerate(zip(wanted, heads or (), strict=heads is not None)):
+        if h.shape[1] != z.shape[1]:
+            raise ValueError(f"heads: model {m} gives {z.shape[1]} features, its matrix has shape {tuple(h.shape)}")
 
     def judge(merged: nn.Module | Mapping[str, Tensor]) -> list[float]:
         net = merged if isinstance(merged, nn.Module) else installed(models[0], merged)

@@ -110,8 +110,14 @@ def test_agreement_is_full_with_oneself_and_less_with_others() -> None:
         assert with_first[0] == pytest.approx(1.0, abs=1e-5)
         assert with_first[1] < 0.9
         assert judge(models[1])[1] == pytest.approx(1.0, abs=1e-5)
-    with pytest.raises(ValueError, match="heads"):
-        mf.agreement(models, batches, heads[:1])
+    for bad, words in (
+        (heads[:1], "one .* for each of 2"),
+        ([heads[0], None], "model 1, got NoneType"),
+        ([heads[0], torch.ones(4, 7)], "model 1 gives 8 features"),
+        ([torch.full((4, 8), torch.nan), heads[1]], "NaN or inf in the matrix of model 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            mf.agreement(models, batches, bad)
     with pytest.raises(ValueError, match="at least one batch"):
         mf.agreement(models, [])
 
@@ -164,7 +170,10 @@ def test_best_uses_the_heads() -> None:
         ({"batches": None}, ValueError, "batches"),
         ({"batches": []}, ValueError, "batches"),
         ({"weights": [1.0, 2.0]}, ValueError, "weights"),
+        ({"batches": [torch.empty(0, 12)]}, ValueError, "empty batch"),
+        ({"batches": [torch.full((6, 12), torch.nan)]}, ValueError, "NaN"),
         ({"heads": [torch.ones(2, 8)]}, ValueError, "heads"),
+        ({"heads": [torch.ones(2, 8), None]}, ValueError, "model 1, got NoneType"),
         ({"heads": [torch.ones(2, 7)] * 2}, (ValueError, RuntimeError), "heads|shapes"),
         ({"candidates": ["align"]}, ValueError, "candidates"),
         ({"candidates": []}, ValueError, "candidates"),
@@ -259,6 +268,9 @@ def test_bad_partial_merges() -> None:
     models, spec = _tasked()
     shared = mf.shared_spec(spec, [m.state_dict() for m in models])
     plan = mf.match(None, shared, mf.calibrate(models, _batches(), shared), "zip", balance=0.0, progress=False)
+    headless = nn.Sequential(models[2].encoder)
+    with pytest.raises(ValueError, match=r"model 2 .* has no such module"):
+        mf.calibrate([*models[:2], headless], _batches(), shared)
     with pytest.raises(ValueError, match="models: expected 3"):
         mf.merge_partially(models[:2], plan, spec)
     with pytest.raises(ValueError, match=r"spaces: expected 0\.\.3"):

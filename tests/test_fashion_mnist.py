@@ -96,7 +96,7 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
 def test_the_better_body_is_the_control() -> None:
     rows = {"control: first body, last layer solved, heads": {"mean": 3.0},
             "control: second body, last layer solved, heads": {"mean": 5.0}}  # fmt: skip
-    assert table.values({"0": {"rows": rows}}, "control: better body", "mean") == [5.0]
+    assert table.values({"0": {"rows": rows}}, table.BETTER_BODY, "mean") == [5.0]
     assert table.cell([]) == ""
     assert table.cell([1.0, 3.0]) == "2.0 ± 1.4"
     assert table.cell([1.0], seeds=3) == "1.0 (1)"

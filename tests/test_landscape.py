@@ -76,8 +76,24 @@ def test_overlap_needs_every_task() -> None:
     points = {"A": (0.0, 0.0), "B": (1.0, 0.0), "merged": (0.5, 1.0)}
     at = {"A": {"a": 0.0, "b": 3.0}, "B": {"a": 3.0, "b": 0.0}, "merged": {"a": 0.5, "b": 0.5}}
     found = Landscape([0, 1], [0, 1], grid, points, at)
-    assert found.low("a", 0.5) == 1.0
+    assert found.low("a", 0.5) == 1.5
     assert [found.in_overlap(name, 0.5) for name in points] == [False, False, True]
+    assert [found.in_overlap(name, 0.1) for name in points] == [False, False, False]
+    assert [found.needed_share(name) for name in points] == [1.0, 1.0, 0.5 / 3.0]
+
+
+def test_shares_where_the_parents_are_level_or_a_loss_is_missing() -> None:
+    points = {"A": (0.0, 0.0), "B": (1.0, 0.0), "merged": (0.5, 1.0)}
+
+    def share(first: float, second: float, merged: float) -> float:
+        at = {"A": {"a": first}, "B": {"a": second}, "merged": {"a": merged}}
+        return Landscape([0, 1], [0, 1], {"a": [[0.0, 0.0], [0.0, 0.0]]}, points, at).needed_share("merged")
+
+    assert share(1.0, 1.0, 1.0) == 0.0
+    assert share(1.0, 1.0, 2.0) == math.inf
+    assert share(1.0, 3.0, 0.5) == 0.0
+    assert math.isnan(share(1.0, math.nan, 2.0))
+    assert math.isnan(share(1.0, 2.0, math.nan))
 
 
 def test_barrier_is_the_excess_over_the_straight_line() -> None:

@@ -371,3 +371,34 @@ def test_bad_refits(options: dict[str, Any], kind: type[Exception], words: str) 
     plan = _zip(models, spec, batches)
     with pytest.raises(kind, match=words):
         mf.refit(_merged(models, plan), models, batches, plan, **options)
+
+
+@pytest.mark.parametrize("work", [mf.refit, mf.repair])
+@pytest.mark.parametrize(
+    ("fills", "words"),
+    [
+        ([], "at least one batch"),
+        ([(0, 1.0)], "empty batch"),
+        ([(8, torch.nan)], "NaN or infinite"),
+        ([(8, 1.0), (8, torch.inf)], "NaN or infinite"),
+    ],
+)
+def test_calibration_that_says_nothing_changes_nothing(work: Any, fills: list[tuple[int, float]], words: str) -> None:
+    models, spec, good = _pair("mlp")
+    batches = [torch.full((samples, good[0].shape[1]), value) for samples, value in fills]
+    plan = _zip(models, spec, good)
+    merged = _merged(models, plan)
+    before = {name: x.clone() for name, x in merged.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        work(merged, models, batches, plan)
+    assert all(torch.equal(x, before[name]) for name, x in merged.state_dict().items())
+
+
+def test_readers_without_calibration() -> None:
+    models, spec, batches = _pair("mlp")
+    plan = _zip(models, spec, batches)
+    states = [m.state_dict() for m in models]
+    with pytest.raises(ValueError, match="empty batch"):
+        mf.calibrate_readers(models, [batches[0][:0]], spec)
+    with pytest.raises(ValueError, match="readers: expected what calibrate_readers gave"):
+        mf.decode(plan, states, {})

@@ -26,6 +26,7 @@ SPLIT_NAMES = {
     "halves-base": "Classes 0-4 and 5-9, fine-tuned from one base",
 }
 PAPER = "MuDSC zip"
+BETTER_BODY = "control: better body, last layer solved, heads"
 NO_REFIT = ("zip + rescaling", "zip + decoder", "zip + decoder + rescaling", "selection", "selection + decoder",
             "selection + decoder + rescaling")  # fmt: skip
 
@@ -41,6 +42,8 @@ def collect(cache: Path) -> dict[str, Any]:
         found.setdefault(split, {}).setdefault(network, {})[seed] = json.loads(path.read_text())
     if (cache / "cost.json").exists():
         found["cost"] = json.loads((cache / "cost.json").read_text())
+    for path in sorted((cache / "landscapes").glob("*.summary.json")):
+        found.setdefault("landscapes", {})[path.name.removesuffix(".summary.json")] = json.loads(path.read_text())
     return found
 
 
@@ -49,7 +52,7 @@ def values(pairs: dict[str, Any], method: str, score: str) -> list[float]:
     result = []
     for pair in pairs.values():
         rows = pair["rows"]
-        if method == "control: better body":
+        if method == BETTER_BODY:
             each = [rows[n] for n in CONTROLS if "body" in n and n.endswith("heads") and n in rows]
             if each:
                 result.append(max(r[score] for r in each))
@@ -116,7 +119,7 @@ def targets(split: dict[str, Any]) -> str:
         line("best row without a refit - MuDSC zip (5 or more)", best_without_refit, lambda v: v >= 5),
         line("best with heads - parents (-4 or better)", difference("best, heads known", "parents"), lambda v: v >= -4),
         line("best with heads - better one-body control (3 or more)",
-             difference("best, heads known", "control: better body"), lambda v: v >= 3),
+             difference("best, heads known", BETTER_BODY), lambda v: v >= 3),
         line("best without heads - ensemble (-3 or better)",
              difference("best, without heads", "ensemble"), lambda v: v >= -3),
     ]  # fmt: skip
@@ -133,6 +136,24 @@ def heterogeneous_table(found: dict[str, Any]) -> str:
         cells = [cell([100 * p["rows"][method][t] for p in pairs.values() if method in p["rows"]]) for t in TASKS]
         share = cell([100 * p["rows"][method]["share"] for p in pairs.values() if method in p["rows"]])
         lines.append(f"| {method} | " + " | ".join(cells) + f" | {share} |")
+    return "\n".join(lines)
+
+
+def landscape_table(found: dict[str, Any]) -> str:
+    """Where merges stand between the parents, and the barriers between these."""
+    lines = ["| | merge | share | inside | barrier as trained | after MuDSC align |", "|---|---|---|---|---|---|"]
+    for network in (n for n in NETWORKS if n in found):
+        row = found[network]
+        ends = [" / ".join(f"{b:.2f}" for b in barriers.values()) for barriers in row["barriers"].values()]
+        for k, (merge, about) in enumerate(row["landscapes"].items()):
+            cells = [
+                network,
+                merge,
+                f"{about['share']:.0%}",
+                "yes" if about["inside"] else "no",
+                *(ends if k == 0 else ("", "")),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -172,6 +193,8 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
             result[split] = "\n".join(parts)
     if "halves" in found:
         result["targets"] = targets(found["halves"])
+    if "landscapes" in found:
+        result["landscapes"] = landscape_table(found["landscapes"])
     if "heterogeneous" in found:
         result["heterogeneous"] = heterogeneous_table(found["heterogeneous"])
     return result

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 @click.option(
     "--low",
     type=click.FloatRange(0, 1),
-    default=0.25,
+    default=0.1,
     show_default=True,
-    help="What counts as a low loss: this share of the way from a task's best to its median on the grid.",
+    help="What counts as a low loss: this share of the way from the better to the worse parent's.",
 )
 @options.allow_torch_load
 @options.quiet
@@ -94,9 +94,13 @@ def _draw(opened: list[Checkpoint], output: Path, losses: Any, resolution: int, 
         written += draw_landscape(plane, output / "landscape", low)
         about["losses"] = plane.at_points
         about["low"] = {task: plane.low(task, low) for task in plane.losses}
+        about["share of the merged"] = plane.needed_share("merged")
         about["merged in overlap"] = plane.in_overlap("merged", low)
         where = "inside" if about["merged in overlap"] else "outside"
-        settings.say(f"the merged network is {where} the region where every task's loss is low")
+        settings.say(
+            f"the merged network is {where} the region where every task's loss is low; its losses are up to "
+            f"{about['share of the merged']:.0%} of the way from the better to the worse parent's"
+        )
     else:
         settings.say("two checkpoints: only the line between them; give their merge as the third for the plane")
     part = output / ".summary.json.part"

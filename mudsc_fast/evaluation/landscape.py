@@ -21,6 +21,7 @@ PathLike = str | os.PathLike[str]
 # function recomputes them first (mudsc_fast.reset_batchnorm).
 Evaluate = Callable[[dict[str, Tensor]], Mapping[str, float]]
 
+LOW = 0.1  # a loss this share of the way from the better to the worse parent's counts as low
 _SECONDS_BETWEEN_SAVES = 5.0
 
 
@@ -39,16 +40,28 @@ class Landscape:
     points: dict[str, tuple[float, float]]
     at_points: dict[str, dict[str, float]]
 
-    def low(self, task: str, share: float = 0.25) -> float:
-        """The loss below which a point counts as low: this share of the way from the best to the median of the grid."""
-        values = sorted(v for row in self.losses[task] for v in row if math.isfinite(v))
-        if not values:
-            return math.nan
-        return values[0] + share * (values[len(values) // 2] - values[0])
+    def low(self, task: str, share: float = LOW) -> float:
+        """The loss up to which a point counts as low: this share of the way from the better to the worse parent's."""
+        best, worst = self._parents(task)
+        return best + share * (worst - best)
 
-    def in_overlap(self, name: str, share: float = 0.25) -> bool:
+    def in_overlap(self, name: str, share: float = LOW) -> bool:
         """Whether every task's loss at this network is low."""
         return all(loss <= self.low(task, share) for task, loss in self.at_points[name].items())
+
+    def needed_share(self, name: str) -> float:
+        """The smallest share, 0 at least, at which this network lies in the overlap; NaN where a loss is not finite."""
+        shares = [0.0]
+        for task, loss in self.at_points[name].items():
+            best, worst = self._parents(task)
+            gap = worst - best
+            shares.append((loss - best) / gap if gap != 0 else (math.inf if loss > best else 0.0))
+        return math.nan if any(map(math.isnan, shares)) else max(shares)
+
+    def _parents(self, task: str) -> tuple[float, float]:
+        """The losses of the first two networks, rising."""
+        first, second = (self.at_points[name][task] for name in list(self.points)[:2])
+        return (first, second) if first <= second else (second, first)
 
 
 @dataclass(frozen=True)

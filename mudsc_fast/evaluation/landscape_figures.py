@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mudsc_fast.evaluation.landscape import LOW
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -15,7 +17,7 @@ _MARKERS = ("o", "s", "*")
 _LEVELS = 8
 
 
-def draw_landscape(found: Landscape, stem: Path, share: float = 0.25) -> list[Path]:
+def draw_landscape(found: Landscape, stem: Path, share: float = LOW) -> list[Path]:
     """Write STEM.png and STEM.svg: a panel a task, and one with the low-loss regions of all tasks over each other.
 
     share: what counts as low, see `Landscape.low`.
@@ -26,14 +28,16 @@ def draw_landscape(found: Landscape, stem: Path, share: float = 0.25) -> list[Pa
     tasks = list(found.losses)
     grids = {task: np.ma.masked_invalid(np.array(found.losses[task])) for task in tasks}
     lows = {task: found.low(task, share) for task in tasks}
-    figure = matplotlib.figure.Figure(figsize=(4.2 * (len(tasks) + 1), 4.2), layout="constrained")
+    wide, tall = (ticks[-1] - ticks[0] for ticks in (found.xs, found.ys))
+    height = min(max(3.4 * tall / wide, 1.5), 5.0) + 1.4
+    figure = matplotlib.figure.Figure(figsize=(4.4 * (len(tasks) + 1), height), layout="constrained")
     panels = figure.subplots(1, len(tasks) + 1, squeeze=False)[0]
     for task, panel, colour in zip(tasks, panels, _cycle(len(tasks)), strict=False):
         # Levels by quantiles: the walls around a basin are many times higher than anything inside it.
         levels = np.unique(np.quantile(grids[task].compressed(), np.linspace(0, 1, _LEVELS + 2)))
         if len(levels) > 2:
             shades = panel.contourf(found.xs, found.ys, grids[task], levels, cmap="Greys_r")
-            figure.colorbar(shades, ax=panel, shrink=0.8, format="%.2g")
+            figure.colorbar(shades, ax=panel, shrink=0.7, format="%.2g")
             panel.contour(found.xs, found.ys, grids[task], [lows[task]], colors=colour, linewidths=2)
         panel.set_title(f"{task}: loss")
         _mark(panel, found)

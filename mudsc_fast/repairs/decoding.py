@@ -75,9 +75,11 @@ def decode(
     the merged units.
 
     A net merged with itself stays as it is. Rescale it afterwards (`repair`): guesses vary less than what they guess.
-    Raises ValueError as `plan.merge`, and for readers of other widths. Source: docs/quality.md.
+    Raises ValueError as `plan.merge`, and for no readers or readers of other widths. Source: docs/quality.md.
     """
     check_share("ridge", ridge, top=None)
+    if not readers:
+        raise ValueError("readers: expected what calibrate_readers gave, got nothing")
     merged = plan.merge(state_dicts)
     for weight, statistics in readers.items():
         entry = next(((s, a) for s, a in plan.spec.entries.get(weight, ()) if a.role == "in"), None)

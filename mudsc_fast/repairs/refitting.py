@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,8 @@ def refit(
     kept. Because the correction is solved for and not W, a net merged with itself stays as it is (not with output
     "heads"). A batch norm is solved together with the layer before it; its running statistics are made true.
 
-    Returns the number of layers solved. Raises ValueError for no batches, models that run different layers, heads that
-    do not fit the model's output. Source: docs/quality.md.
+    Returns the number of layers solved. Raises ValueError for no batches, activations that are not finite, models that
+    run different layers, heads that do not fit the model's output. Source: docs/quality.md.
     """
     check_share("ridge", ridge, top=None)
     if isinstance(token_weight, bool) or not isinstance(token_weight, int) or token_weight < 1:
@@ -86,11 +87,13 @@ def _solve(layer: Layer, ridge: float, token_weight: int, target: Target | None)
     weight = layer.merged.get_parameter(call.weight)
     outputs, inputs = weight.shape[0], weight[0].numel()
     moments = Moments(inputs + outputs, call.y.device)
-    size, missing, count = 0.0, 0.0, 0
+    missing, count = 0.0, 0
     for x, r in samples(layer, inputs + outputs, token_weight, seed=outputs):
         moments.update(torch.cat((x, r.to(x.dtype)), 1))
         missing += float(r.double().square().sum())
         count += r.numel()
+    if not math.isfinite(missing):
+        raise ValueError(f"batches: inputs or outputs of {call.weight!r} are NaN or infinite")
     size = sum(float(c.y.double().square().mean()) for c in layer.calls) / len(layer.calls)
     if missing / max(count, 1) <= _NEGLIGIBLE**2 * max(size, 1e-30):
         return False

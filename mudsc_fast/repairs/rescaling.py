@@ -36,7 +36,8 @@ def repair(
     keeps its deviation and has the mean of the sum set. Layers without a bias or batch norm behind them, and the
     model's own outputs, are left alone. Running statistics of batch norms are made true on the way: they need no reset.
 
-    Returns the number of layers worked on. Raises ValueError for no batches, and if the models run different layers.
+    Returns the number of layers worked on. Raises ValueError for no batches, for activations that are not finite, and
+    if the models run different layers.
     Source: Jordan et al., REPAIR, arXiv 2211.08403; docs/method.md.
     """
 
@@ -77,6 +78,8 @@ def _factors(layer: Layer) -> tuple[Tensor | None, Tensor | None]:
         dead = variance.sqrt() <= _DEAD * (variance + mean.square()).sqrt()
         scale = torch.where(dead, torch.ones_like(mean), deviation / variance.sqrt().clamp(min=1e-300))
     shift = wanted - scale * mean
+    if not bool(torch.isfinite(shift).all()):
+        raise ValueError(f"batches: inputs or outputs of {call.weight!r} are NaN or infinite")
     size = (variance + mean.square()).mean().sqrt().clamp(min=1e-30)
     if float((scale - 1).abs().max()) < _NEGLIGIBLE and float((shift.abs() / size).max()) < _NEGLIGIBLE:
         return None, None

@@ -66,8 +66,13 @@ def last_target(output: str, heads: Sequence[Tensor] | None, models: int) -> Tar
     """The checked Target."""
     if output not in OUTPUTS:
         raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
-    if output != "heads":
-        return Target(output)
+    return (
+        Target(output, tuple(h.double() for h in check_heads(heads, models))) if output == "heads" else Target(output)
+    )
+
+
+def check_heads(heads: Sequence[Tensor] | None, models: int) -> list[Tensor]:
+    """The heads on the CPU: a finite floating (classes, features) matrix for each model, or ValueError."""
     given = list(heads or ())
     if len(given) != models:
         raise ValueError(
@@ -79,4 +84,4 @@ def last_target(output: str, heads: Sequence[Tensor] | None, models: int) -> Tar
             raise ValueError(f"heads: expected a floating (classes, features) matrix for model {m}, got {what}")
         if not bool(torch.isfinite(head).all()):
             raise ValueError(f"heads: NaN or inf in the matrix of model {m}")
-    return Target(output, tuple(h.detach().cpu().double() for h in given))
+    return [h.detach().cpu() for h in given]

@@ -42,11 +42,17 @@ struct ZipArgs {
     int64_t* budget;        // [models] merges left inside each model; lowered as they are spent
     int64_t* block_budget;  // [models] the same for these units alone
     int64_t* owner;         // [n] out: the unit (index below n) that each joined; a survivor is its own
+    bool in_place;          // the similarity is given up: all its units in order, entries finite, exactly symmetric,
+                            // cache lines whole, col_stride 1 and row_stride zip_stride(n)
     double* total;          // out: sum of the entries taken
     int64_t* made;          // out: merges made, fewer than asked when infeasible
     int threads;
     Poll poll;
 };
+
+// Row stride of what a zip works on: an odd number of cache lines of float32, so that the entries of one column do not
+// share cache sets.
+constexpr int64_t zip_stride(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
 
 constexpr int kSmallAssignment = 256;  // up to this size, assign reads whole rows
 
@@ -161,7 +167,8 @@ struct SimilarityArgs {
     double balance;
     const CovarianceState* activation;  // null: weights alone
     void* out;
-    int64_t* bad_term;  // out: the term that is not finite
+    int64_t row_stride;  // of a full out; 0: models * n
+    int64_t* bad_term;   // out: the term that is not finite
     int threads;
     Poll poll;
 };

@@ -210,7 +210,8 @@ Status Network::similarity(const KernelTable& table, int space, bool full, doubl
     if (balance >= 1 && !terms.empty()) seen = nullptr;
     if (terms.empty() && seen == nullptr) return Status::unsupported;
     wide |= seen != nullptr && seen->dtype == Dtype::f64;
-    const int64_t size = full ? models * n * models * n : (models - 1) * n * n;
+    const int64_t row = full ? zip_stride(models * n) : n;
+    const int64_t size = full ? models * n * row : (models - 1) * n * n;
     SimilarityArgs a{};
     a.dtype = wide ? Dtype::f64 : Dtype::f32;
     a.n = n;
@@ -226,7 +227,7 @@ Status Network::similarity(const KernelTable& table, int space, bool full, doubl
     a.bad_term = &bad;
     a.threads = threads;
     a.poll = poll;
-    const int64_t row = full ? models * n : n;
+    a.row_stride = full ? row : 0;
     result = {a.dtype, a.out, n, row, full ? n : n * n, full};
     return table.similarity(a);
 }
@@ -431,6 +432,7 @@ Status Network::zip_units(const KernelTable& table, int space, const Similar& s,
         a.budget = budget.data();
         a.block_budget = block_budget.data();
         a.owner = owner.data();
+        a.in_place = pairing.empty();
         a.total = &total;
         a.made = &made;
         a.threads = threads;

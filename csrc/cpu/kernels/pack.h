@@ -203,9 +203,9 @@ void gather_unit(const T* data, const Columns& columns, const Run* runs, int64_t
     }
 }
 
-// to[k * 48 + u] = rows[u][k] for 4 units and n columns.
+// to[k * ld + u] = rows[u][k] for 4 units and n columns.
 template <typename W>
-inline void transpose_4(const W* const* rows, int64_t n, W* to) {
+inline void transpose_4(const W* const* rows, int64_t n, W* to, int64_t ld = kPanel) {
     int64_t k = 0;
 #if defined(__SSE2__)
     if constexpr (sizeof(W) == sizeof(float)) {
@@ -215,16 +215,16 @@ inline void transpose_4(const W* const* rows, int64_t n, W* to) {
             __m128 c = _mm_loadu_ps(reinterpret_cast<const float*>(rows[2] + k)),
                    d = _mm_loadu_ps(reinterpret_cast<const float*>(rows[3] + k));
             _MM_TRANSPOSE4_PS(a, b, c, d);
-            float* at = reinterpret_cast<float*>(to + k * kPanel);
+            float* at = reinterpret_cast<float*>(to + k * ld);
             _mm_storeu_ps(at, a);
-            _mm_storeu_ps(at + kPanel, b);
-            _mm_storeu_ps(at + 2 * kPanel, c);
-            _mm_storeu_ps(at + 3 * kPanel, d);
+            _mm_storeu_ps(at + ld, b);
+            _mm_storeu_ps(at + 2 * ld, c);
+            _mm_storeu_ps(at + 3 * ld, d);
         }
     }
 #endif
     for (; k < n; ++k) {
-        for (int u = 0; u < 4; ++u) to[k * kPanel + u] = rows[u][k];
+        for (int u = 0; u < 4; ++u) to[k * ld + u] = rows[u][k];
     }
 }
 
@@ -367,9 +367,9 @@ void measure(const W* block, int64_t n, double* sums, double* squares) {
     }
 }
 
-// Samples in one pass: non-finite entries count as 0 (docs/method.md rule 1); block = (block - shift) * scale; then
-// sums and squares as in measure, of 16 samples at a time in W.
-template <typename W>
+// Samples in one pass: with Zeroed, non-finite entries count as 0 (docs/method.md rule 1); block = (block - shift) *
+// scale; then sums and squares as in measure, of 16 samples at a time in W.
+template <bool Zeroed = true, typename W>
 void settle_samples(W* block, int64_t n, const W* shift, const W* scale, double* sums, double* squares) {
     using V = typename VectorOf<W>::type;
     constexpr int kLanes = Tile<W>::kLanes;
@@ -382,7 +382,7 @@ void settle_samples(W* block, int64_t n, const W* shift, const W* scale, double*
             for (int64_t i = k; i < last; ++i) {
                 V* at = reinterpret_cast<V*>(block + i * kPanel + u);
                 V x = *at;
-                x = x - x == zero ? x : zero;  // x - x is 0 for finite x only
+                if constexpr (Zeroed) x = x - x == zero ? x : zero;  // x - x is 0 for finite x only
                 x = (x - from) * by;
                 *at = x;
                 sum += x;

@@ -14,14 +14,15 @@ class Similarity {
         : a_(args), layout_(args.n, args.models, false), out_(static_cast<W*>(args.out)) {
         // Every model has panels of its own in a cross product, so that each pair of models is one product.
         panels_each_ = ceil_div(a_.n, kPanel);
+        full_ld_ = a_.row_stride > 0 ? a_.row_stride : a_.n * a_.models;
         panels_ = a_.cross ? panels_each_ * a_.models : layout_.panels;
     }
 
     Status run() {
         const bool weights = a_.term_count > 0 && (a_.balance > 0 || a_.activation == nullptr);
         if (weights) {
-            Status status = measure_rows();
-            if (status == Status::ok) status = correlate_rows();
+            Status status = correlate_once();
+            if (status == Status::not_converged) status = correlate_rows();
             if (status != Status::ok) return status;
         }
         return blend(weights);
@@ -96,8 +97,76 @@ class Similarity {
         return a_.term_count;
     }
 
-    // Accumulates products of the centred, normalised rows in the result, kGramDepth columns at a time.
+    // The careful way: rows are measured first, then centred and normalised as they are packed.
     Status correlate_rows() {
+        corrected_ = false;
+        const Status status = measure_rows();
+        if (status != Status::ok) return status;
+        return accumulate([&](int64_t p, W* block, int64_t n) {
+            shift_and_scale(block, n, mean_.get() + p * kPanel, inverse_.get() + p * kPanel);
+        });
+    }
+
+    // The quick way reads the tensors once: rows are shifted by the mean of some of their columns, and what that misses
+    // of the mean is a rank-one correction in the epilogue. Returns not_converged where it misses by more than a
+    // deviation, so that the correction would cancel digits, or where anything is not finite or out of scale.
+    Status correlate_once() {
+        const int64_t units = panels_ * kPanel;
+        Buffer<W> shift(units), scale(units);
+        Buffer<double> sums(units), squares(units);
+        if (!shift || !scale || !sums || !squares || !mean_.allocate(units) || !inverse_.allocate(units))
+            return Status::no_memory;
+        int64_t total = 0, widest = 0;
+        for (int64_t t = 0; t < a_.term_count; ++t) {
+            const int64_t columns = a_.terms[t * a_.models].columns;
+            if (columns > a_.terms[widest * a_.models].columns) widest = t;
+            total += columns;
+        }
+        if (total == 0) return Status::not_converged;
+        parallel_each(a_.threads, panels_, [&](int64_t p, int) {
+            guess(p, widest, total, shift.get() + p * kPanel, scale.get() + p * kPanel);
+            for (int64_t u = p * kPanel; u < (p + 1) * kPanel; ++u) sums[u] = squares[u] = 0;
+        });
+        const Status status = accumulate([&](int64_t p, W* block, int64_t n) {
+            const int64_t u = p * kPanel;
+            settle_samples<false>(block, n, shift.get() + u, scale.get() + u, sums.get() + u, squares.get() + u);
+        });
+        if (status != Status::ok) return status;
+        const double n = static_cast<double>(total);
+        bool good = true;
+        for (int64_t u = 0; u < units; ++u) {
+            const double offset = sums[u] / n, variance = squares[u] / n - offset * offset;
+            const double mean = static_cast<double>(shift[u]) * static_cast<double>(scale[u]) + offset;
+            const bool constant = squares[u] == 0, in_scale = squares[u] > 0x1p-60 && squares[u] < 0x1p60;
+            good &= constant || (in_scale && offset * offset <= variance);
+            const bool dead = is_dead(variance, fmax(variance + mean * mean, offset * offset));
+            mean_[u] = static_cast<W>(offset * sqrt(n));
+            inverse_[u] = dead ? W(0) : static_cast<W>(1 / sqrt(variance * n));
+        }
+        corrected_ = true;
+        return good ? Status::ok : Status::not_converged;
+    }
+
+    // Mean and one over the norm of the rows of a panel, by the first columns of a term.
+    void guess(int64_t p, int64_t term, int64_t total, W* shift, W* scale) const {
+        W block[kPackRows * kPanel] = {};
+        double sums[kPanel] = {}, squares[kPanel] = {};
+        const int64_t n = min64(kPackRows, a_.terms[term * a_.models].columns);
+        fill_panel(p, term, 0, n, block);
+        measure(block, n, sums, squares);
+        for (int u = 0; u < kPanel; ++u) {
+            const double mean = sums[u] / static_cast<double>(n),
+                         variance = squares[u] / static_cast<double>(n) - mean * mean;
+            const double by = 1 / sqrt(variance * static_cast<double>(total));
+            shift[u] = static_cast<W>(mean);
+            scale[u] = by > 1e-30 && by < 1e30 ? static_cast<W>(by) : W(1);
+        }
+    }
+
+    // Accumulates products of the rows in the result, kGramDepth columns at a time, of which `settle` makes what is
+    // multiplied.
+    template <typename Settle>
+    Status accumulate(const Settle& settle) {
         int64_t total = 0;
         for (int64_t t = 0; t < a_.term_count; ++t) total += a_.terms[t * a_.models].columns;
         const int64_t depth = max64(1, min64(kGramDepth, total)), size = depth * kPanel;
@@ -106,14 +175,15 @@ class Similarity {
         if (!packed || !values) return Status::no_memory;
         memset(packed.get(), 0, static_cast<size_t>(panels_ * size) * sizeof(W));
         for (int64_t p = 0; p < panels_; ++p) values[p] = packed.get() + p * size;
-        const int64_t rows = a_.cross ? a_.n * (a_.models - 1) : a_.n * a_.models, columns = a_.cross ? a_.n : rows;
+        const int64_t rows = a_.cross ? a_.n * (a_.models - 1) : a_.n * a_.models;
+        const int64_t columns = a_.cross ? a_.n : rows, ld = a_.cross ? a_.n : full_ld_;
         parallel_each(a_.threads, rows,
-                      [&](int64_t i, int) { memset(out_ + i * columns, 0, static_cast<size_t>(columns) * sizeof(W)); });
+                      [&](int64_t i, int) { memset(out_ + i * ld, 0, static_cast<size_t>(columns) * sizeof(W)); });
         int64_t term = 0, column = 0;
         for (int64_t done = 0; done < total; done += depth) {
             const int64_t n = min64(depth, total - done);
             parallel_each(a_.threads, panels_,
-                          [&](int64_t p, int) { pack(p, term, column, n, packed.get() + p * size); });
+                          [&](int64_t p, int) { pack(p, term, column, n, packed.get() + p * size, settle); });
             for (int64_t left = n; left > 0;) {
                 const int64_t step = min64(left, a_.terms[term * a_.models].columns - column);
                 left -= step;
@@ -128,12 +198,13 @@ class Similarity {
         return Status::ok;
     }
 
-    void pack(int64_t p, int64_t term, int64_t column, int64_t n, W* to) const {
+    template <typename Settle>
+    void pack(int64_t p, int64_t term, int64_t column, int64_t n, W* to, const Settle& settle) const {
         for (int64_t left = n; left > 0;) {
             const int64_t step = min64(min64(left, kPackRows), a_.terms[term * a_.models].columns - column);
             if (step > 0) {
                 fill_panel(p, term, column, step, to);
-                shift_and_scale(to, step, mean_.get() + p * kPanel, inverse_.get() + p * kPanel);
+                settle(p, to, step);
             }
             left -= step;
             column += step;
@@ -149,7 +220,7 @@ class Similarity {
         const GramOperand<W> rows{values, nullptr};
         if (!a_.cross) {
             const int64_t units = a_.n * a_.models;
-            return gram_product(a_.threads, depth, rows, rows, GramTarget<W>{out_, units, units, units, true},
+            return gram_product(a_.threads, depth, rows, rows, GramTarget<W>{out_, full_ld_, units, units, true},
                                 &a_.poll);
         }
         for (int64_t m = 1; m < a_.models; ++m) {
@@ -192,27 +263,47 @@ class Similarity {
                 const int64_t n = min64(kRun, a_.n - j);
                 for (int64_t i = i0; i < i1; ++i) {
                     W* row = out_ + ((m - 1) * a_.n + i) * a_.n + j;
-                    blend_run<kRun>(layout, i, layout.position(m) + j, n, row);
+                    blend_run<kRun>(layout, i, m * panels_each_ * kPanel + j, layout.position(m) + j, n, row);
                 }
             }
         }
     }
 
     void blend_full(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
-        const int64_t ld = a_.n * a_.models;
+        const int64_t ld = full_ld_;
         for (int64_t i = i0; i < i1; ++i) {
             const int64_t j = max64(i, j0);
-            if (j < j1) blend_run<kPanel>(layout_, i, j, j1 - j, out_ + i * ld + j);
+            if (j < j1) blend_run<kPanel>(layout_, i, j, j, j1 - j, out_ + i * ld + j);
         }
-        for (int64_t i = i0; i < i1; ++i) {
-            for (int64_t j = max64(i + 1, j0); j < j1; ++j) out_[j * ld + i] = out_[i * ld + j];
-            if (i >= j0 && i < j1) out_[i * ld + i] = W(1);
+        if (i0 == j0) {
+            for (int64_t i = i0; i < i1; ++i) {
+                for (int64_t j = i + 1; j < j1; ++j) out_[j * ld + i] = out_[i * ld + j];
+                out_[i * ld + i] = W(1);
+            }
+            return;
+        }
+        // A block off the diagonal: four rows at a time become four columns.
+        int64_t i = i0;
+        for (; i + 4 <= i1; i += 4) {
+            const W* const from[4] = {out_ + i * ld + j0, out_ + (i + 1) * ld + j0, out_ + (i + 2) * ld + j0,
+                                      out_ + (i + 3) * ld + j0};
+            transpose_4(from, j1 - j0, out_ + j0 * ld + i, ld);
+        }
+        for (; i < i1; ++i) {
+            for (int64_t j = j0; j < j1; ++j) out_[j * ld + i] = out_[i * ld + j];
         }
     }
 
-    // row[0 .. n): unit i of the first models with the units from position `column` on.
+    // row[0 .. n): unit i of the first models with the units from position `column` of the activations and `packed` of
+    // the weights on.
     template <int64_t kMost>
-    void blend_run(const Layout& layout, int64_t i, int64_t column, int64_t n, W* __restrict row) const {
+    void blend_run(const Layout& layout, int64_t i, int64_t packed, int64_t column, int64_t n,
+                   W* __restrict row) const {
+        if (share_ > 0 && corrected_) {
+            const W offset = mean_[i], by = inverse_[i];
+            const W *offsets = mean_.get() + packed, *others = inverse_.get() + packed;
+            for (int64_t j = 0; j < n; ++j) row[j] = (row[j] - offset * offsets[j]) * (by * others[j]);
+        }
         if (share_ > 0) {
             for (int64_t j = 0; j < n; ++j) {
                 const W x = row[j] > W(1) ? W(1) : row[j];
@@ -233,8 +324,10 @@ class Similarity {
     const SimilarityArgs& a_;
     const Layout layout_;
     W* const out_;
-    int64_t panels_each_, panels_;
+    int64_t panels_each_, panels_, full_ld_;
+    // Of the rows; with corrected_, what a row's shift misses of its mean, times the root of the number of columns.
     Buffer<W> mean_, inverse_;
+    bool corrected_ = false;
     const CovarianceState* source_ = nullptr;  // of activations, where they have a share
     Moments moments_;
     double share_ = 0;  // of the weights

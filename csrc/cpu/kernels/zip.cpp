@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 64;
 constexpr int64_t kPanel = 16;               // merges a panel
+constexpr int64_t kPolled = 16;              // merges between two looks at the clock
 constexpr int64_t kAhead = 8;                // panels fetched ahead: each holds one line for a row
 constexpr int64_t kChunk = 256;              // positions searched again for the place of a maximum
 constexpr double kSymmetryTolerance = 1e-4;  // of the largest magnitude: more is not rounding
@@ -62,22 +63,23 @@ T first_max(const T* row, const T* bar, int64_t from, int64_t n, int64_t* place)
 template <typename T>
 class Zipper {
   public:
-    explicit Zipper(const ZipArgs& args) : a(args), n(args.n), ld((ceil_div(args.n, kPanel) | 1) * kPanel) {}
+    explicit Zipper(const ZipArgs& args) : a(args), n(args.n), ld(zip_stride(args.n)) {}
 
     Status run() {
-        if (!(w.allocate(n * ld) && gone.allocate(n) && best.allocate(n) && partner.allocate(n) && stale.allocate(n) &&
-              model.allocate(n) && none.allocate(n) && seen.allocate(n) && survivor.allocate(a.merges) &&
-              loser.allocate(a.merges))) {
+        if (!a.in_place && !copy.allocate(n * ld)) return Status::no_memory;
+        w = a.in_place ? static_cast<T*>(const_cast<void*>(a.similarity)) : copy.get();
+        if (!(gone.allocate(n) && best.allocate(n) && partner.allocate(n) && stale.allocate(n) && model.allocate(n) &&
+              none.allocate(n) && seen.allocate(n) && survivor.allocate(a.merges) && loser.allocate(a.merges))) {
             return Status::no_memory;
         }
-        const Status loaded = load();
+        const Status loaded = a.in_place ? Status::ok : load();
         if (loaded != Status::ok) return loaded;
         start();
         if (stopped) return Status::interrupted;
         *a.total = 0;
         *a.made = 0;
         for (int64_t step = 0; step < a.merges; ++step) {
-            if (a.poll()) return Status::interrupted;
+            if (step % kPolled == 0 && a.poll()) return Status::interrupted;
             const int64_t i = top_row();
             if (i < 0) return Status::infeasible;
             const int64_t j = partner[i];
@@ -89,7 +91,7 @@ class Zipper {
     }
 
   private:
-    T* row(int64_t i) const { return w.get() + i * ld; }
+    T* row(int64_t i) const { return w + i * ld; }
     static constexpr T kNone = -static_cast<T>(INFINITY);
 
     // Inside tasks: whether to give up. Only the calling thread asks, the others see what it found.
@@ -318,10 +320,11 @@ class Zipper {
 
     const ZipArgs& a;
     const int64_t n;
-    const int64_t ld;    // an odd number of cache lines: entries of one column do not share cache sets
+    const int64_t ld;
     int64_t events = 0;  // merges recorded
     bool stopped = false;
-    Buffer<T> w;     // [n, ld] the working similarity; its diagonal is never looked at
+    T* w = nullptr;  // [n, ld] the working similarity; its diagonal is never looked at
+    Buffer<T> copy;  // of it, unless the caller gives up his
     Buffer<T> gone;  // [n] added to a row's entries: -inf for units that take part in no further pair, else 0
     Buffer<T> best;  // [n] the row's largest entry to the right of the diagonal
     Buffer<int64_t> partner;

@@ -36,23 +36,40 @@ class Assignment:
     gap: Tensor
     block_indices: Tensor | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        # A small problem is solved in less time than its tensors take to make: each is made when first read.
-        packed = self.__dict__.get("_packed")
-        if packed is None or name not in ("indices", "value", "duals", "gap"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        n = len(packed) // 24
-        made: Tensor | tuple[Tensor, Tensor]
-        if name == "indices":
-            made = torch.frombuffer(packed, dtype=torch.int64, count=n)
-        elif name == "duals":
-            u, v = torch.split_with_sizes(torch.frombuffer(packed, dtype=torch.float64, offset=8 * n + 16), (n, n))
-            made = u, v
-        else:
-            at = 8 * n + (0 if name == "value" else 8)
-            made = torch.frombuffer(packed, dtype=torch.float64, count=1, offset=at)[0]
-        self.__dict__[name] = made
+
+class _Lazily:
+    """An attribute of a small problem's result, which is solved in less time than its tensors take to make.
+
+    Instances made in the usual way keep theirs in ``__dict__``, which comes first.
+    """
+
+    def __init__(self, name: str, make: Callable[[bytearray, int], Tensor | tuple[Tensor, ...]]) -> None:
+        self._name, self._make = name, make
+
+    def __get__(self, found: Assignment | None, _owner: type) -> Any:
+        if found is None:
+            return self
+        packed = found.__dict__["_packed"]
+        made = found.__dict__[self._name] = self._make(packed, len(packed) // 24)
         return made
+
+
+def _of_packed(name: str, make: Callable[[bytearray, int], Tensor | tuple[Tensor, ...]]) -> None:
+    setattr(Assignment, name, _Lazily(name, make))
+
+
+def _number(packed: bytearray, at: int) -> Tensor:
+    return torch.frombuffer(packed, dtype=torch.float64, count=1, offset=at)[0]
+
+
+# As assign_lone packs them.
+_of_packed("indices", lambda packed, n: torch.frombuffer(packed, dtype=torch.int64, count=n))
+_of_packed("value", lambda packed, n: _number(packed, 8 * n))
+_of_packed("gap", lambda packed, n: _number(packed, 8 * n + 8))
+_of_packed(
+    "duals",
+    lambda packed, n: tuple(torch.frombuffer(packed, dtype=torch.float64, offset=8 * n + 16).split_with_sizes((n, n))),
+)
 
 
 def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backend: str = "auto") -> Assignment:

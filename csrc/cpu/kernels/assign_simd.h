@@ -280,26 +280,13 @@ inline Vec<double> lowest_in_all(Vec<double> a) { return Vec<double>::all(lowest
 
 #endif
 
-// Adds to one lane of the vector in memory. Read and written whole, so that the next load of it need not wait until a
+// Sets one lane of the vector in memory. Read and written whole, so that the next load of it need not wait until a
 // smaller store has left the store queue.
-inline void add_at(double* p, int lane, double value) {
-#if defined(__AVX512F__)
-    const __m512d old = _mm512_loadu_pd(p);
-    _mm512_storeu_pd(p, _mm512_mask_add_pd(old, static_cast<__mmask8>(1u << lane), old, _mm512_set1_pd(value)));
-#elif defined(__AVX2__)
-    const __m256i here = _mm256_cmpeq_epi64(_mm256_set1_epi64x(lane), _mm256_setr_epi64x(0, 1, 2, 3));
-    const __m256d old = _mm256_loadu_pd(p), by = _mm256_and_pd(_mm256_set1_pd(value), _mm256_castsi256_pd(here));
-    _mm256_storeu_pd(p, _mm256_add_pd(old, by));
-#else
-    p[lane] += value;
-#endif
-}
-
-// Sets one lane of the vector in memory; read and written whole as above.
 inline void put_at(double* p, int lane, double value) {
 #if defined(__AVX512F__)
-    _mm512_storeu_pd(p,
-                     _mm512_mask_mov_pd(_mm512_loadu_pd(p), static_cast<__mmask8>(1u << lane), _mm512_set1_pd(value)));
+    __m512d x = _mm512_mask_mov_pd(_mm512_loadu_pd(p), static_cast<__mmask8>(1u << lane), _mm512_set1_pd(value));
+    asm("" : "+v"(x));  // or the compiler makes it a masked store, which the next load has to wait for
+    _mm512_storeu_pd(p, x);
 #elif defined(__AVX2__)
     const __m256i here = _mm256_cmpeq_epi64(_mm256_set1_epi64x(lane), _mm256_setr_epi64x(0, 1, 2, 3));
     _mm256_storeu_pd(p, _mm256_blendv_pd(_mm256_loadu_pd(p), _mm256_set1_pd(value), _mm256_castsi256_pd(here)));
@@ -307,6 +294,30 @@ inline void put_at(double* p, int lane, double value) {
     p[lane] = value;
 #endif
 }
+
+#if defined(__AVX512F__)
+
+// One lane for each bit; the others of `load_where` are zero, those of `lower_where` infinite.
+inline Vec<double> load_where(uint64_t bits, const double* p) {
+    return {_mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), p)};
+}
+inline Vec<double> load_where(uint64_t bits, const float* p) {
+    return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>(bits), p))};
+}
+inline Vec<double> lower_where(uint64_t bits, Vec<double> a, Vec<double> b) {
+    return {_mm512_mask_min_pd(_mm512_set1_pd(INFINITY), static_cast<__mmask8>(bits), a.x, b.x)};
+}
+
+// Bit j: lane j % 8 of vector j / 8 is at most `most`.
+inline uint64_t at_most(const Vec<double> (&x)[8], Vec<double> most) {
+    __mmask8 m[8];
+    for (int k = 0; k < 8; ++k) m[k] = _mm512_cmp_pd_mask(x[k].x, most.x, _CMP_LE_OQ);
+    const __mmask16 a = _mm512_kunpackb(m[1], m[0]), b = _mm512_kunpackb(m[3], m[2]);
+    const __mmask16 c = _mm512_kunpackb(m[5], m[4]), d = _mm512_kunpackb(m[7], m[6]);
+    return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(d, c), _mm512_kunpackw(b, a)));
+}
+
+#endif
 
 // Writes `value` to p[k] where bit k of mask is set, for the lanes of a Vec<double>.
 inline void put_where(uint64_t mask, int32_t value, int32_t* p) {

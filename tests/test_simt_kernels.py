@@ -207,6 +207,15 @@ def test_an_error_of_the_runtime_names_the_kernel(kernel: str, call: str) -> Non
     assert message in case.error
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_launch_on_another_device_than_the_current_one(kernel: str) -> None:
+    check("plain", drawn(kernel, 2, 20, 16, device=1))  # the emulator refuses one on the wrong device, or left in use
+    case = drawn(kernel, 1, 8, 17, device=5)[0].case
+    assert driver.run(driver.build("plain"), [case]).ok
+    assert kernel in case.error
+    assert "invalid device ordinal" in case.error
+
+
 def test_zip_asks_for_the_scratch_memory_it_needs() -> None:
     checked = drawn("zip", 1, 40, 13)[0]
     checked.case.integers = [*list(checked.case.integers)[:-1], 1024]

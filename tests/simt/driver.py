@@ -27,6 +27,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "tests" / "simt"
+EMULATOR = ("schedule", "fibers", "blocks", "collectives", "runtime")
 KERNELS = ("regroup", "zip", "assign")
 POLICIES = ("uniform", "by warp", "by thread", "newest first", "oldest first", "by block")
 REGROUP, ZIP, ASSIGN, TOY = range(4)
@@ -66,12 +67,13 @@ class Case:
     policy: int = 0
     multiprocessors: int = 2
     mutant: int = -1
+    device: int = 0
     fail_call: str = ""
     fail_code: int = 0
     error: str = field(default="", init=False)
 
     def packed(self) -> bytes:
-        settings = (self.op, self.seed, self.policy, self.multiprocessors, self.mutant, self.fail_code)
+        settings = (self.op, self.seed, self.policy, self.multiprocessors, self.mutant, self.fail_code, self.device)
         parts = []
         for values, kind in ((settings, "q"), (self.integers, "q"), (self.reals, "d")):
             parts.append(struct.pack(f"<q{len(values)}{kind}", len(values), *values))
@@ -180,7 +182,8 @@ def _compile(kind: str, sources: dict[str, str], work: Path, binary: Path) -> No
     include = [f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
     common = [*_COMMON, *_QUIET, *include]
     objects = []
-    jobs = [(HERE / "scheduler.cpp", ["-O2", *([f"-DSIMT_{kind.upper()}"] if kind != "plain" else [])])]
+    told = ["-O2", *([f"-DSIMT_{kind.upper()}"] if kind != "plain" else [])]
+    jobs = [(HERE / f"{name}.cpp", told) for name in EMULATOR]
     jobs += [(HERE / "harness.cpp", _FLAGS[kind]), (HERE / "toys.cu", _FLAGS[kind])]
     for name, text in sources.items():
         path = work / f"{name}.cu"

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda_runtime.h"
 #include "simt.h"
 #include "toys.h"
 
@@ -86,7 +87,7 @@ std::string run_regroup(Case& c) {
     a.ptr = c.arrays[2].as<int64_t>();
     a.members = c.arrays[3].as<int64_t>();
     a.scale = c.arrays[4].as<double>();
-    return mudsc::cuda::regroup(a, length, single, 0, nullptr);
+    return mudsc::cuda::regroup(a, length, single, simt::options().device, nullptr);
 }
 
 std::string run_zip(Case& c) {
@@ -115,7 +116,7 @@ std::string run_zip(Case& c) {
     const Memory scratch(mudsc::cuda::zip_scratch_bytes(a) - c.take());
     a.scratch = scratch.data;
     a.scratch_bytes = scratch.bytes;
-    return mudsc::cuda::zip(a, 0, nullptr);
+    return mudsc::cuda::zip(a, simt::options().device, nullptr);
 }
 
 std::string run_assign(Case& c) {
@@ -134,7 +135,7 @@ std::string run_assign(Case& c) {
     a.gap = a.value + problems;
     a.u = a.gap + problems;
     a.v = a.u + problems * a.n;
-    return mudsc::cuda::assign(a, c.arrays[4].as<int32_t>(), 0, nullptr);
+    return mudsc::cuda::assign(a, c.arrays[4].as<int32_t>(), simt::options().device, nullptr);
 }
 
 }  // namespace
@@ -147,7 +148,7 @@ int main(int argc, char** argv) {
     const int64_t cases = read_length();
     for (int64_t n = 0; n < cases; ++n) {
         Case c;
-        c.settings = read_vector<int64_t>();  // op, seed, policy, multiprocessors, mutant, fail code
+        c.settings = read_vector<int64_t>();  // op, seed, policy, multiprocessors, mutant, fail code, device
         c.integers = read_vector<int64_t>();
         c.reals = read_vector<double>();
         std::vector<char> fail_call = read_vector<char>();
@@ -164,6 +165,7 @@ int main(int argc, char** argv) {
         o.multiprocessors = static_cast<int>(c.settings.at(3));
         o.mutant = static_cast<int>(c.settings.at(4));
         o.fail_code = static_cast<int>(c.settings.at(5));
+        o.device = static_cast<int>(c.settings.at(6));
         o.fail_call = fail_call.size() > 1 ? fail_call.data() : nullptr;
         std::string error;
         switch (c.settings.at(0)) {
@@ -172,6 +174,8 @@ int main(int argc, char** argv) {
             case 2: error = run_assign(c); break;
             default: error = run_toy(static_cast<int>(c.take()), c.arrays[0].as<int>()); break;
         }
+        int now = 0;
+        if (cudaGetDevice(&now) == cudaSuccess && now != 0) error += "; another device is left in use";
         write_raw(error.data(), error.size());
         fwrite(&arrays, sizeof(arrays), 1, output);
         for (const Memory& m : c.arrays) write_raw(m.data, static_cast<size_t>(m.bytes));

@@ -63,6 +63,7 @@ struct Options {
     int policy = 0;  // one of kPolicies
     int multiprocessors = 2;
     int mutant = -1;
+    int device = 0;                   // where launches must be; 0 is the current one before and after
     const char* fail_call = nullptr;  // this runtime call returns fail_code
     int fail_code = 0;
 };

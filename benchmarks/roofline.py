@@ -143,7 +143,19 @@ def table(records: list[dict[str, Any]]) -> str:
             f"| {record['shared_bytes']} | {occupancy(record)} | {record['loop_instructions']} "
             f"| {cycles[0]}, {cycles[1]} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *reasons()])
+
+
+def reasons() -> Iterator[str]:
+    """Every configuration listed, the one that is taken first, and why it is listed."""
+    from mudsc_fast.backends.triton import configs
+
+    yield "| use | chip | configurations, the first is taken | reason |"
+    yield "|---|---|---|---|"
+    for use, chips in configs.TABLES.items():
+        for chip, found in sorted(chips.items()):
+            for config in found:
+                yield f"| {use} | sm_{chip} | {config.name} | {config.reason} |"
 
 
 def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:

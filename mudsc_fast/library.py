@@ -222,6 +222,9 @@ def _checked_sums(
         raise ValueError(
             f"vectors: expected float64 of shape {(4, units)}, got {tuple(vectors.shape)}, {vectors.dtype}"
         )
+    for name, tensor in (("vectors", vectors), *((f"features[{m}]", x) for m, x in enumerate(features))):
+        if tensor.device != gram.device:
+            raise ValueError(f"{name}: expected a tensor on {gram.device} as gram is, got one on {tensor.device}")
     if planes not in (1, 2, 3):
         raise ValueError(f"planes: expected 1, 2 or 3, got {planes}")
     return width, models, cross

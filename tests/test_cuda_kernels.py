@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from test_zip import similarity_of
@@ -53,6 +55,20 @@ def test_zip_of_strided_and_half_inputs_and_of_three_models() -> None:
         assert torch.equal(mf.zip_units(x, 3, backend="cuda").labels.cpu(), want.labels)
     half = s.half()
     assert torch.equal(mf.zip_units(half.cuda(), 3, backend="cuda").labels.cpu(), mf.zip_units(half.float(), 3).labels)
+
+
+def test_a_zip_can_be_stopped() -> None:
+    x = torch.rand(16384, 16384, device="cuda")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            [mf.zip_units(x + x.T, backend="cuda") for _ in range(100)]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    s = correlated(40, torch.float32, 3)
+    assert torch.equal(mf.zip_units(s.cuda(), backend="cuda").labels.cpu(), mf.zip_units(s).labels)
 
 
 def test_zip_refuses_what_the_cpu_refuses() -> None:

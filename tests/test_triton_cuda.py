@@ -72,6 +72,38 @@ def test_memory_of_a_similarity() -> None:
     assert ours <= (torch.cuda.max_memory_allocated() - before) / 2 + 2**30
 
 
+@pytest.mark.parametrize("kind", ["any", "ties", "equal"])
+@pytest.mark.parametrize("room", [0, 1, 17, 64, 128, 129])
+def test_lists_of_a_tile(kind: str, room: int) -> None:
+    from mudsc_fast.backends.triton import assign_tile
+
+    generator = torch.Generator().manual_seed(room)
+    tile, prices = torch.randn(50, 3001, generator=generator), torch.rand(3001, dtype=torch.float64)
+    if kind != "any":
+        tile, prices = (tile * 2).round(), prices.round()
+    if kind == "equal":
+        tile[::2] = 0.5
+    worth = tile.double() - prices
+    columns, values, threshold, maxima = assign_tile(tile.cuda(), 0, prices, room)
+    assert torch.equal(maxima, worth.amax(dim=1))
+    if room:
+        assert torch.equal(values, tile.double().gather(1, columns.long()))
+        assert torch.equal(threshold, worth.scatter(1, columns.long(), -torch.inf).amax(dim=1))
+        best = worth.topk(room, dim=1).values
+        assert float((worth.gather(1, columns.long()).sort(dim=1, descending=True).values - best).abs().max()) <= 1e-6
+
+
+def test_an_assignment_in_tiles_is_that_of_the_whole() -> None:
+    weights = [x.T.contiguous().float().cuda() for x in features(300, 1500)]
+    seen = [x.float().cuda() for x in features(400, 1500, ratio=1)]
+    for terms, active in (([weights], None), ([weights], seen), ((), seen)):
+        source = mf.SimilarityTiles(terms, active)
+        found = mf.assign_tiled(source, tile_bytes=1 << 21, backend="triton")
+        whole = mf.assign(source.tile(torch.arange(1500)).cpu())
+        assert float((found.value - whole.value).abs()) <= 1e-6
+        assert float(found.gap) <= 1e-6 * 1500
+
+
 def test_covariance_update_in_a_cuda_graph() -> None:
     batch = [torch.randn(2048, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     gram = torch.zeros(512, 512, device="cuda")

@@ -28,7 +28,7 @@ def _why_no_cuda_kernels() -> str | None:
     if not _core.build_info()["cuda_archs"]:
         return "this build has no CUDA kernels (build with MUDSC_FAST_CUDA=ON)"
     if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+        return f"torch finds no CUDA device{_driver_trouble()}"
     return None
 
 

@@ -250,7 +250,7 @@ class Similarities:
         """Strips of the similarities of models 0 and m: first row, one past the last, (rows, width) or (rows,)."""
         tall = self.config.rows
         size = min(max(STRIP // tall, 1) * tall, -(-self.width // tall) * tall)
-        scratch = torch.empty(size, self.width, device=self.device)
+        scratch = self._rows_of_memory(size)
         for first in range(0, self.width, size):
             last = min(first + size, self.width)
             strip = scratch[: last - first]
@@ -325,9 +325,9 @@ class Similarities:
         wanted = wanted.to(self.device, torch.int64)
         if wanted.dim() != 1 or not len(wanted) or int(wanted.min()) < 0 or int(wanted.max()) >= self.width:
             raise ValueError(f"wanted: expected units 0..{self.width - 1}, got {tuple(wanted.shape)} of them")
-        out = torch.empty(len(wanted), self.width, device=self.device)
+        out = self._rows_of_memory(len(wanted))
         for strips in _strips_of(wanted, self.config.rows, self.width):
-            parts = [torch.empty(last - first, self.width, device=self.device) for first, last in strips]
+            parts = [self._rows_of_memory(last - first) for first, last in strips]
             for k, (operands, final) in enumerate(self._packed()):
                 for (first, last), part in zip(strips, parts, strict=True):
                     if final:
@@ -340,6 +340,10 @@ class Similarities:
                 here = (wanted >= first) & (wanted < last)
                 out[here] = part[wanted[here] - first]
         return out
+
+    def _rows_of_memory(self, count: int) -> Tensor:
+        shape = count, self.width
+        return allocate(shape, torch.float32, self.device, "similarity: some rows", "fewer rows at a time need less")
 
     def tile(self, rows: Tensor) -> Tensor:
         """``rows`` of models 0 and 1, as solvers that see a few rows at a time ask for them."""

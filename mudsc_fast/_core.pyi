@@ -110,6 +110,7 @@ def similarity(
     out: Tensor,
     threads: int,
 ) -> int | None: ...
+def sound_labels(labels: Tensor, blocks: int, align: bool) -> int: ...
 
 class NetworkLayout:
     def __init__(

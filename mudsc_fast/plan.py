@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mudsc_fast import _core
 from mudsc_fast.averaging import Piece, align_pieces, check_weights, merge_pieces
 from mudsc_fast.records import PathLike, read_record, write_record
 from mudsc_fast.spec import PermutationSpec
@@ -213,6 +214,8 @@ def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:
             f"{what}: expected int64 of shape (models >= 2, {space.width}), got {rows.dtype} {tuple(rows.shape)}"
         )
     rows = rows.detach().cpu().contiguous()
+    if _core.sound_labels(rows, space.blocks, method == "align"):
+        return rows
     if rows.numel() == 0 or int(rows.min()) < 0:
         raise ValueError(f"{what}: expected merged units counted from 0")
     size = int(rows.max()) + 1

@@ -13,7 +13,7 @@ from pipeline_cases import ARCHITECTURES
 from torch import Tensor
 
 import mudsc_fast as mf
-from mudsc_fast import matching, network, rematch
+from mudsc_fast import _core, matching, network, rematch
 
 
 class Calls:
@@ -175,3 +175,23 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         made._core.set_labels(0, torch.zeros(3, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="space"):
         made._core.visit([7], 1.0, 1)
+
+
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_sound_labels_are_those_that_the_checks_accept(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    space = mf.Space("h", 4, (mf.Axis("w", 0, "out"),), blocks=2)
+    spec = mf.PermutationSpec((space,))
+    cases = [torch.randint(-1 if k % 9 == 0 else 0, 6, (2, 4), generator=generator) for k in range(600)]
+    pairs = [torch.tensor(row) for row in ([0, 1, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0], [0, 1, 3, 2], [0, 0, 2, 3])]
+    cases += [torch.stack([a, b]) for a in pairs for b in pairs]
+    found = [_core.sound_labels(labels, 2, method == "align") for labels in cases]
+    monkeypatch.setattr(_core, "sound_labels", lambda *_: 0)
+    for labels, size in zip(cases, found, strict=True):
+        try:
+            mf.MergePlan(spec, {"h": labels}, method)
+            expected = int(labels.max()) + 1
+        except ValueError:
+            expected = 0
+        assert size == expected, labels
+    assert len({size > 0 for size in found}) == 2

@@ -167,9 +167,41 @@ py::object visit(Network& network, const std::vector<int>& tie, double balance, 
     return std::move(result);
 }
 
+// Merged units of labels (models, width) that keep what a plan promises: every merged unit from 0 on has a member,
+// blocks stay together, and with `align` every row is a permutation, the first one in order. 0 where they do not.
+int64_t sound_labels(const py::object& labels_obj, int64_t blocks, bool align) {
+    TensorArg labels(labels_obj, "labels");
+    require(labels->ndim == 2, "labels: expected a matrix");
+    const int64_t models = labels->shape[0], width = labels->shape[1], count = models * width;
+    const int64_t* label = flat_of<int64_t>(labels, Dtype::i64, count, "labels");
+    if (count == 0 || blocks < 1 || width % blocks != 0) return 0;
+    std::vector<int64_t> members(static_cast<size_t>(count), 0);
+    int64_t size = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        if (label[k] < 0 || label[k] >= count) return 0;
+        ++members[static_cast<size_t>(label[k])];
+        size = std::max(size, label[k] + 1);
+        if (align && k < width && label[k] != k) return 0;
+    }
+    for (int64_t j = 0; j < size; ++j) {
+        if (members[static_cast<size_t>(j)] == 0) return 0;
+    }
+    if (size % blocks != 0) return 0;
+    std::vector<int64_t> last(static_cast<size_t>(size), -1);  // the last model that has a unit there
+    const int64_t each = width / blocks, inner = size / blocks;
+    for (int64_t k = 0; k < count; ++k) {
+        if (label[k] / inner != label[k / each * each] / inner) return 0;
+        int64_t& seen = last[static_cast<size_t>(label[k])];
+        if (align && (seen == k / width || size != width)) return 0;
+        seen = k / width;
+    }
+    return size;
+}
+
 }  // namespace
 
 void bind_network(py::module_& m) {
+    m.def("sound_labels", &sound_labels, py::arg("labels"), py::arg("blocks"), py::arg("align"));
     py::class_<NetworkLayout, std::shared_ptr<NetworkLayout>>(m, "NetworkLayout")
         .def(py::init(&make_layout), py::arg("models"), py::arg("spaces"), py::arg("maps"), py::arg("terms"));
     py::class_<Network>(m, "Network")

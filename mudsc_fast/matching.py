@@ -81,7 +81,8 @@ def match(
     progress: True draws a bar on a terminal, "always" also elsewhere, False never.
     device: where weights are compared; None: where the statistics are, or else the tensors.
     max_memory: bytes that the process may hold on the CPU. Spaces whose tensors do not fit are compared one tensor at a
-        time, with the same similarities up to rounding; ValueError, which names the minimum, if that is too much.
+        time, with the same similarities up to rounding; where the similarity does not fit, weights alone can still be
+        aligned, some rows at a time, and zipped on lists; ValueError, which names the minimum, if all is too much.
     journal: a folder in which every visit is recorded; a match with the same arguments and tensors that was interrupted
         goes on from there, to the same result. The tensors are not looked at for that: the caller answers for them.
     group: a torch.distributed process group, True for the default one: all its processes make this call with the same
@@ -130,7 +131,8 @@ def match(
     matcher = Matcher(spec, models, method, weights, activations or {}, balance, widths, attenuation, budget, where)
     if max_memory is not None:
         layout = {} if weights is None else {n: TensorShape(*weights.info(0, n)) for n in weights.in_spec}
-        matcher.work = plan_work(spec, layout, models, method, max_memory, balance, merging=False)
+        share = balance if activations else 1.0  # without statistics, weights alone are compared
+        matcher.work = plan_work(spec, layout, models, method, max_memory, share, merging=False)
     elif journal is None and method != "select" and (where is None or where.type == "cpu"):
         compared = None if weights is None else weights.state_dicts
         zipped = method == "zip"

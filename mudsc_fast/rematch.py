@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ from mudsc_fast.network import Network
 from mudsc_fast.selection import select_units
 from mudsc_fast.similarity import Term, dual_similarity
 from mudsc_fast.streaming import UnitTiles, streamed_similarity
+from mudsc_fast.tiled_assignment import UNPROVEN, assign_tiled
 from mudsc_fast.tiled_zip import PAIR_BYTES, zip_tiled
+from mudsc_fast.tiles import SimilarityTiles
 from mudsc_fast.weights import Weights
 from mudsc_fast.workplan import WorkPlan
 from mudsc_fast.zipping import zip_units
@@ -77,8 +80,11 @@ class Matcher:
             made = self.network.visit([space.name for space in tie], current, balance)
             if made is not None:
                 return [Match(labels, value) for labels, value in made]
-        if self.work is not None and self.work.step_of(tie[0].name).way == "tiled" and self.weights is not None:
-            return [self._zipped_on_lists(tie[0], current, self.weights, self.work.step_of(tie[0].name).piece)]
+        step = None if self.work is None or self.weights is None else self.work.step_of(tie[0].name)
+        if step is not None and step.way == "tiled" and self.weights is not None:
+            return [self._zipped_on_lists(tie[0], current, self.weights, step.piece)]
+        if step is not None and step.way == "rows":
+            return [self._assigned_by_rows(tie[0], current, step.piece)]
         similarities = [self.similarity(space, current, balance) for space in tie]
         if len(tie) > 1 or tie[0].blocks > 1 or tie[0].within == "fixed":
             return self._in_blocks(tie, similarities)
@@ -161,6 +167,23 @@ class Matcher:
         found = assign(similarity, duals=self.duals.get(space.name))
         self.duals[space.name] = found.duals
         return Match(_labels_of(found.indices), float(found.value.mean()))
+
+    def _assigned_by_rows(self, space: Space, current: Mapping[str, Match], tile_bytes: int) -> Match:
+        """The same match where the similarity is too large to be held: some of its rows at a time."""
+        terms = self._terms(space, current)
+        indices, value = [], 0.0
+        for m in range(1, self.models):
+            found = assign_tiled(SimilarityTiles([[row[0], row[m]] for row in terms]), tile_bytes=tile_bytes)
+            indices.append(found.indices)
+            value += float(found.value) / (self.models - 1)
+            left = float(found.gap) / space.width
+            if left > UNPROVEN * max(abs(float(found.value)), UNPROVEN):
+                warnings.warn(
+                    f"space {space.name!r}: the match of model {m} is not proven to be the best; its mean similarity "
+                    f"{float(found.value):.6f} is at most {left:.2g} below the best one's",
+                    stacklevel=2,
+                )
+        return Match(_labels_of(torch.stack(indices)), value)
 
     def _zipped(self, space: Space, similarity: Tensor, pairing: Tensor | None) -> Match:
         width = self.widths[space.name]

@@ -19,9 +19,11 @@ from mudsc_fast import backends
 from mudsc_fast.assignment import Assignment
 from mudsc_fast.tiles import Tiles
 
+# Columns on a row's first list.
+CANDIDATES = 64
 # The largest gap that counts as optimal, as in the dense solver: relative to the magnitudes taken, and what rounding in
 # float64 leaves where those cancel.
-_PROOF = 1e-6
+UNPROVEN = 1e-6
 _ROUNDING = 1e-13
 
 
@@ -37,7 +39,7 @@ class TiledRound:
 
 def assign_tiled(
     source: Tiles,
-    candidates: int = 64,
+    candidates: int = CANDIDATES,
     tile_bytes: int = 1 << 28,
     proofs: int = 4,
     watch: Callable[[TiledRound], None] | None = None,
@@ -209,6 +211,6 @@ def _proof(u: Tensor, taken: Tensor, prices: Tensor, column_of: Tensor) -> _Proo
     short = u - (taken - prices[column_of])
     gap = short.sum()
     duals = u.abs().sum() + prices.abs().sum()
-    allowed = _PROOF * taken.abs().sum() + _ROUNDING * duals
+    allowed = UNPROVEN * taken.abs().sum() + _ROUNDING * duals
     open_rows = (short > allowed / max(2 * len(u), 1)).nonzero()[:, 0]
     return _Proof(u, taken, gap, bool(gap <= allowed), open_rows)

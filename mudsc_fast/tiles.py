@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -52,7 +53,8 @@ class SimilarityTiles:
 
     Args:
         terms: for each tensor of the space a pair of entries, model 0's and model 1's: (width, k) matrices or ``Term``.
-            Nothing is copied, except tensors that have labels: those are regrouped once.
+            Nothing is copied, except tensors whose labels do more than reorder one of their dims: those are regrouped
+            once.
         features: a pair of (samples, width) activations, paired by sample, or None. Their covariance would be as large
             as the similarity, so they are kept as they are; any floating dtype, mapped from files if need be.
         balance: share of the weights, 0..1, where both are given.
@@ -111,7 +113,7 @@ def _correlation(tables: list[list[Table]], width: int, name: str, backend: str)
     device = tables[0][0][0].device
     chosen = backends.pick("similarity", device, backend)
     if chosen.name != "triton" or any(table[0].dtype == torch.float64 for row in tables for table in row):
-        return _Correlation([(_matrix(first), _matrix(second)) for first, second in tables], name)
+        return _Correlation([_pair(first, second) for first, second in tables], name)
     made: _Rows = chosen.module.Similarities(tables, width, 2, 1.0, None, device, name)
     return made
 
@@ -133,6 +135,68 @@ def _checked_features(features: Sequence[Tensor], width: int, device: torch.devi
         if x.device != (device or first.device):
             raise ValueError(f"features[{m}]: expected a tensor on {device or first.device}, got one on {x.device}")
     return first.detach(), second.detach()
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One model's tensor as (width, groups, rest); the columns are its groups in an order, each with its rest."""
+
+    tensor: Tensor
+    order: Tensor | None
+
+    @property
+    def columns(self) -> int:
+        return self.tensor.shape[1] * self.tensor.shape[2]
+
+    @property
+    def places(self) -> range:
+        """Where blocks of about _DEPTH columns begin, in groups."""
+        return range(0, self.tensor.shape[1], self._step)
+
+    @property
+    def _step(self) -> int:
+        return max(1, _DEPTH // max(self.tensor.shape[2], 1))
+
+    def block(self, at: int, rows: Tensor | None = None) -> Tensor:
+        """(rows, columns of a block), of the tensor's type; a view where it can be one."""
+        stop = at + self._step
+        if self.order is None:
+            found = self.tensor[:, at:stop] if rows is None else self.tensor[rows, at:stop]
+        elif rows is None:
+            found = self.tensor.index_select(1, self.order[at:stop])
+        else:
+            found = self.tensor[rows[:, None], self.order[at:stop]]
+        return found.reshape(found.shape[0], -1)
+
+
+def _pair(first: Table, second: Table) -> tuple[_Matrix, _Matrix]:
+    """Both models' tensors in merged coordinates, their columns side by side."""
+    reordered = _reordered(first), _reordered(second)
+    if reordered[0] is not None and reordered[1] is not None:
+        return reordered[0], reordered[1]
+    return _Matrix(_matrix(first)[:, :, None], None), _Matrix(_matrix(second)[:, :, None], None)
+
+
+def _reordered(table: Table) -> _Matrix | None:
+    """The tensor as it is, where its labels only put the positions of one dim in another order."""
+    tensor, rows, labelled = table
+    if len(labelled) != 1:
+        return None
+    dims, labels, size, scale = labelled[0]
+    if size != len(labels) or (scale is not None and not bool((scale == 1).all())):
+        return None
+    order = torch.argsort(labels)
+    if not torch.equal(labels[order], torch.arange(size)):
+        return None
+    rest = [d for d in range(tensor.dim()) if d not in rows and d not in dims]
+    moved = tensor.permute(*rows, *dims, *rest)
+    sizes = (_size(tensor, rows), _size(tensor, dims), _size(tensor, rest))
+    if sizes[2] > _DEPTH:
+        return None
+    try:
+        return _Matrix(moved.view(sizes), order.to(tensor.device))
+    except RuntimeError:  # these dims do not lie one behind the other
+        return None
 
 
 def _matrix(table: Table) -> Tensor:
@@ -161,30 +225,30 @@ class _Rows(Protocol):
 
 
 class _Correlation:
-    """Rows of the correlation of two models' units over all columns of some pairs of (width, k) matrices."""
+    """Rows of the correlation of two models' units over all columns of some pairs of matrices."""
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], name: str) -> None:
+    def __init__(self, pairs: Sequence[tuple[_Matrix, _Matrix]], name: str) -> None:
         self._pairs = pairs
         self._moments = [_moments([pair[m] for pair in pairs], name) for m in range(2)]
 
-    def rows(self, wanted: Tensor) -> Tensor:
+    def rows(self, rows: Tensor) -> Tensor:
         (mean, inverse), (other_mean, other_inverse) = self._moments
-        rows = wanted.to(mean.device)
+        rows = rows.to(mean.device)
         mean, inverse = mean[rows, None], inverse[rows, None]
         out = mean.new_zeros(len(rows), len(other_mean))
         for first, second in self._pairs:
-            for at in range(0, first.shape[1], _DEPTH):
-                mine = first[rows, at : at + _DEPTH].float().sub_(mean).mul_(inverse)
-                theirs = second[:, at : at + _DEPTH].to(torch.float32, copy=True)
+            for at in first.places:
+                mine = first.block(at, rows).float().sub_(mean).mul_(inverse)
+                theirs = second.block(at).to(torch.float32, copy=True)
                 theirs.sub_(other_mean[:, None]).mul_(other_inverse[:, None])
                 out.addmm_(mine, theirs.T)
         return out.clamp_(-1.0, 1.0)
 
 
-def _moments(matrices: Sequence[Tensor], name: str) -> tuple[Tensor, Tensor]:
+def _moments(matrices: Sequence[_Matrix], name: str) -> tuple[Tensor, Tensor]:
     """Mean of every unit and one over the norm of what is left without it, float32; 0 for dead units."""
-    count = sum(x.shape[1] for x in matrices)
-    total = sum(_chunked(matrices, lambda x: x.sum(dim=1)), matrices[0].new_zeros(()).double())
+    count = sum(x.columns for x in matrices)
+    total = sum(_chunked(matrices, lambda x: x.sum(dim=1)), matrices[0].tensor.new_zeros(()).double())
     mean = total / count
     squares = sum(_chunked(matrices, lambda x: (x - mean[:, None]).square_().sum(dim=1)), mean.new_zeros(()))
     if not bool(torch.isfinite(squares).all()):
@@ -194,7 +258,7 @@ def _moments(matrices: Sequence[Tensor], name: str) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(dead, 0.0, squares.rsqrt()).float()
 
 
-def _chunked(matrices: Sequence[Tensor], reduced: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def _chunked(matrices: Sequence[_Matrix], reduced: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     for x in matrices:
-        for at in range(0, x.shape[1], _DEPTH):
-            yield reduced(x[:, at : at + _DEPTH].double())
+        for at in x.places:
+            yield reduced(x.block(at).double())

@@ -1,9 +1,10 @@
 """What a match and a merge need: memory, time and disk of each step, known before a weight is read.
 
-A space is compared in one of three ways. "joint": all its tensors are in memory, and one kernel call reads them in
+A space is compared in one of four ways. "joint": all its tensors are in memory, and one kernel call reads them in
 place. "streamed": its tensors pass one after another, and a float64 accumulator stands beside the result
-(`mudsc_fast.streaming`); bfloat16 is quicker this way. "tiled": a zip by weights whose similarity fits in neither way,
-on lists of its largest entries (`mudsc_fast.tiled_zip`). Merged tensors are written whole, or in slabs of rows. With a
+(`mudsc_fast.streaming`); bfloat16 is quicker this way. Where the similarity of a match by weights fits in neither way,
+"rows" makes some of its rows at a time for an exact assignment (`mudsc_fast.tiled_assignment`), and "tiled" zips on
+lists of its largest entries (`mudsc_fast.tiled_zip`). Merged tensors are written whole, or in slabs of rows. With a
 limit, each step takes the way that fits; the largest step that has none gives the minimum.
 """
 
@@ -20,6 +21,7 @@ import torch
 
 from mudsc_fast.layout import dims_of
 from mudsc_fast.streaming import rows_apart
+from mudsc_fast.tiled_assignment import CANDIDATES
 from mudsc_fast.tiled_zip import PAIR_BYTES, TILE_ROWS
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ class TensorShape(NamedTuple):
 class Step:
     """The match of one space, or of the spaces of one tie.
 
-    way: "joint", "streamed" or "tiled". piece: bytes of rows read at once, or of the lists of a "tiled" zip. memory:
+    way: "joint", "streamed", "rows" or "tiled". piece: bytes of rows read at once, of the rows of a similarity that are
+    made at once ("rows"), or of the lists of a "tiled" zip. memory:
     bytes on top of what the process holds. flops: multiply-adds times two, and read: bytes, of one visit.
     """
 
@@ -116,6 +119,7 @@ class _Sizes:
         tensors = [models * _bytes(info) for _, info in compared]
         columns = [prod(info.shape) // max(n, 1) for _, info in compared]
         self.tensors = sum(tensors)
+        self.copied = sum(size for size, (_, info) in zip(tensors, compared, strict=True) if len(info.shape) > 2)
         self.floats = models * sum(item * prod(info.shape) for _, info in compared)
         # Tables of column offsets, and the merged copies that the streamed way makes of all models but the first.
         self.tables = 8 * 4 * models * max(columns, default=0)
@@ -242,13 +246,17 @@ def _step(
     if room < min(joint, streamed(piece)) and method == "zip" and _may_tile(tie, balance):
         lists, memory, least = _tiled(sizes[0], models, room)
         return Step(names, width, "tiled", lists, memory, 2 * flops, read), least
+    if room < min(joint, streamed(piece)) and method == "align" and _may_tile(tie, balance):
+        tile, memory, least = _rows(sizes[0], room)
+        if memory < min(joint, streamed(piece)):
+            return Step(names, width, "rows", tile, memory, 2 * flops, read), least
     if not quick and streamed(piece) > joint:
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
     return Step(names, width, "streamed", piece, streamed(piece), flops, read), min(joint, streamed(piece))
 
 
 def _may_tile(tie: Sequence[Space], balance: float) -> bool:
-    """Whether a zip on lists knows how: one space without blocks, by weights alone."""
+    """Whether lists know how: one space without blocks, by weights alone."""
     return balance == 1 and len(tie) == 1 and tie[0].blocks == 1 and tie[0].within == "free"
 
 
@@ -260,6 +268,16 @@ def _tiled(sizes: _Sizes, models: int, room: int) -> tuple[int, int, int]:
     fewest = 64 * units * PAIR_BYTES
     lists = max(fewest, min(_MOST_PAIRS * PAIR_BYTES, units * units // 2 * PAIR_BYTES, room - fixed))
     return lists, fixed + lists, fixed + fewest
+
+
+def _rows(sizes: _Sizes, room: int) -> tuple[int, int, int]:
+    """(bytes of a tile, of the whole step, the least of it) of an assignment that sees some rows at a time."""
+    n = sizes.space.width
+    # Tensors, and copies of those that are not read in place; a block of columns as it is and in float32; candidates of
+    # every row, while they change; prices and results.
+    fixed = sizes.tensors + sizes.copied + 2 * 512 * 6 * n + 3 * 20 * CANDIDATES * n + 200 * n
+    tile = max(_LEAST_PIECE, min(_PIECE, 4 * n * n, (room - fixed) // 2))
+    return tile, fixed + 2 * tile, fixed + 2 * _LEAST_PIECE
 
 
 def _merging(

@@ -190,3 +190,29 @@ BAD: list[tuple[str, Callable[[], object], type[Exception], str]] = [
 def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["permutation", "scaled", "zip"])
+def test_tiles_of_tensors_with_labels(kind: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    n, k = 21, 17
+
+    def term(shape: tuple[int, ...], dim: int, other: int) -> mf.Term:
+        size = shape[other]
+        labels = torch.randperm(size, generator=generator)
+        scale = torch.ones(size)
+        if kind == "zip":
+            labels = torch.cat([torch.arange(size - 4), torch.randint(size - 4, (4,), generator=generator)])
+            scale = torch.rand(size - 4, generator=generator) + 0.5
+        if kind == "scaled":
+            scale = torch.rand(size, generator=generator) + 0.5
+        return mf.Term(torch.randn(shape, generator=generator), dim, {other: labels}, {other: scale})
+
+    # Rows side by side, columns side by side, kernels of 3 x 3, and dims that do not lie one behind the other.
+    shapes = [((n, k), 0, 1), ((k, n), 1, 0), ((n, k, 3, 3), 0, 1), ((k, n, 3, 3), 1, 0), ((6, n, k), 1, 0)]
+    terms = [[term(*shape) for _ in range(2)] for shape in shapes]
+    expected = mf.weight_similarity(terms)[0]
+    rows = torch.tensor([0, 3, 4, 20])
+    source = mf.SimilarityTiles(terms)
+    torch.testing.assert_close(source.tile(rows), expected[rows], rtol=0, atol=2e-6)
+    torch.testing.assert_close(source.tile(torch.arange(n)), expected, rtol=0, atol=2e-6)

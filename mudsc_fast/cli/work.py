@@ -136,7 +136,11 @@ def _table(rows: Sequence[tuple[str, list[Step]]], flops: float, bytes_read: flo
         table.add_column(heading, justify="right")
     for name, steps in rows:
         step = steps[0]
-        ways = {"joint": "together", "streamed": f"one by one, {in_words(step.piece)} at most"}
+        ways = {
+            "joint": "together",
+            "streamed": f"one by one, {in_words(step.piece)} at most",
+            "rows": f"rows of the similarity, {in_words(step.piece)} at a time",
+        }
         way = ways.get(step.way, f"lists of {in_words(step.piece)}, proven or refused")
         each = _visit_seconds(step, flops, bytes_read)
         cells = [str(len(steps)), str(step.width), way, in_words(step.memory), f"{step.flops / 1e9:.0f}"]

@@ -1,0 +1,162 @@
+"""Spaces whose similarity does not fit: aligned some rows at a time, as the whole similarity would have it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_cases import ARCHITECTURES
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mudsc_fast as mf
+from mudsc_fast import rematch
+from mudsc_fast.checkpoints import save_checkpoint
+from mudsc_fast.cli import main
+from mudsc_fast.workplan import MARGIN, TensorShape, WorkPlan, plan_work, resident_bytes
+
+GB = 10**9
+
+
+def mlp(width: int, inputs: int = 24, outputs: int = 8) -> tuple[mf.PermutationSpec, dict[str, tuple[int, ...]]]:
+    shapes = {"fc1.weight": (width, inputs), "fc1.bias": (width,), "fc2.weight": (outputs, width)}
+    axes = (mf.Axis("fc1.weight", 0, "out"), mf.Axis("fc1.bias", 0, "out"), mf.Axis("fc2.weight", 1, "in"))
+    return mf.PermutationSpec((mf.Space("hidden", width, axes),)), shapes
+
+
+def related(spec: mf.PermutationSpec, shapes: dict[str, tuple[int, ...]], models: int = 2) -> list[dict[str, Tensor]]:
+    """Models that are the first one in other unit orders, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    first = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    states = [first]
+    for m in range(1, models):
+        other = spec.permute(first, spec.random_permutation(m))
+        states.append({k: x + 0.3 * torch.randn(x.shape, generator=generator) for k, x in other.items()})
+    return states
+
+
+def by_rows(work: WorkPlan, piece: int) -> WorkPlan:
+    return replace(work, steps=tuple(replace(step, way="rows", piece=piece) for step in work.steps))
+
+
+@pytest.mark.parametrize("models", [2, 3])
+@pytest.mark.parametrize("kind", ["mlp", "resnet"])
+def test_a_match_by_rows_is_the_match(kind: str, models: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ARCHITECTURES[kind].spec
+    shapes = {name: tuple(x.shape) for name, x in ARCHITECTURES[kind].models(1)[0].state_dict().items()}
+    states = related(spec, {name: shapes[name] for name in spec.entries}, models)
+    expected = mf.match(states, spec, balance=1.0)
+    layout = {name: TensorShape(tuple(x.shape), x.dtype) for name, x in states[0].items()}
+    work = by_rows(plan_work(spec, layout, models), 64)
+    monkeypatch.setattr("mudsc_fast.matching.plan_work", lambda *a, **k: work)
+    found = mf.match(states, spec, max_memory=GB)
+    assert all(torch.equal(found.labels[name], expected.labels[name]) for name in expected.labels)
+    assert found.values == pytest.approx(expected.values, abs=1e-6)
+    assert found.history == pytest.approx(expected.history, abs=1e-6)
+
+
+def test_a_small_limit_takes_the_rows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    width = 6144
+    spec, shapes = mlp(width)
+    states = related(spec, shapes)
+    sources: list[tuple[int, int]] = []
+    whole = rematch.assign_tiled
+    monkeypatch.setattr(
+        rematch,
+        "assign_tiled",
+        lambda s, tile_bytes: sources.append((s.width, tile_bytes)) or whole(s, tile_bytes=tile_bytes),
+    )
+    found = mf.match(states, spec, max_memory=resident_bytes() + MARGIN + 120 * 10**6)
+    assert sources
+    assert all(size == width and tile <= 4 * width * width for size, tile in sources)
+    dense = mf.match(states, spec)
+    assert torch.equal(found.labels["hidden"], dense.labels["hidden"])
+    assert found.values["hidden"] == pytest.approx(dense.values["hidden"], abs=1e-6)
+
+
+def test_the_plan_of_a_space_that_no_similarity_fits() -> None:
+    spec, shapes = mlp(57344, 8192, 8192)
+    layout = {name: TensorShape(shape, torch.bfloat16) for name, shape in shapes.items()}
+    work = plan_work(spec, layout, 2, max_memory=8 * GB, base=GB // 2, matching=True, merging=False)
+    step = work.step_of("hidden")
+    assert step.way == "rows"
+    assert work.peak <= 8 * GB < 4 * 57344**2
+    # By activations too there would be sums as large as the similarity.
+    with pytest.raises(ValueError, match=r"which matching space 'hidden' \(57344 units\) needs"):
+        plan_work(spec, layout, 2, max_memory=8 * GB, base=GB // 2, balance=0.5, merging=False)
+    with pytest.raises(ValueError, match="at least") as refused:
+        plan_work(spec, layout, 2, max_memory=4 * GB, base=GB // 2, merging=False)
+    least = int(str(refused.value).split("at least ")[1].split()[0])
+    assert plan_work(spec, layout, 2, max_memory=least, base=GB // 2, merging=False).peak <= least
+    with pytest.raises(ValueError, match="at least"):
+        plan_work(spec, layout, 2, max_memory=least - 1, base=GB // 2, merging=False)
+
+
+def test_a_dry_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, shapes = mlp(57344, 8, 4)
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    for name in "ab":
+        state = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
+        save_checkpoint(tmp_path / f"{name}.safetensors", state)
+    files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    command = ["merge", *files, "-o", str(tmp_path / "out.safetensors"), "--spec", str(tmp_path / "spec.json")]
+    assert main([*command, "--max-memory", "8GB", "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "rows of the similarity" in out
+    assert main([*command, "--dry-run"]) == 0
+    assert "rows of the similarity" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_gap_that_is_left_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, shapes = mlp(40)
+    states = related(spec, shapes)
+    layout = {name: TensorShape(shape, torch.float32) for name, shape in shapes.items()}
+    work = by_rows(plan_work(spec, layout, 2), 64)
+    monkeypatch.setattr("mudsc_fast.matching.plan_work", lambda *a, **k: work)
+    whole = rematch.assign_tiled
+
+    def unproven(*arguments: Any, **options: Any) -> mf.Assignment:
+        return replace(whole(*arguments, **options), gap=torch.tensor(4.0, dtype=torch.float64))
+
+    monkeypatch.setattr(rematch, "assign_tiled", unproven)
+    with pytest.warns(UserWarning, match=r"space 'hidden': .* not proven .* at most 0\.1 below"):
+        mf.match(states, spec, max_memory=GB, max_sweeps=1)
+
+
+def test_the_document_shows_the_committed_results() -> None:
+    from benchmarks import wide_assignment
+
+    root = Path(__file__).resolve().parent.parent
+    result = json.loads((root / "benchmarks" / "results" / "wide-assignment.json").read_text())
+    text = (root / "docs" / "scale.md").read_text()
+    for line in wide_assignment.tables(result):
+        assert line in text
+    wide = result["wide"]
+    assert wide["width"] == 57344
+    assert wide["way"] == "rows"
+    assert wide["peak_rss_mib"] < wide["limit_mib"] < 8192
+    assert wide["gaps"]
+    for row in result["rows"]:
+        assert row["width"] == 8192
+        assert row["differs_from_dense"] <= 1e-6
+
+
+def test_the_benchmark_at_a_small_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import wide_assignment
+
+    monkeypatch.setattr(
+        "sys.argv", ["wide", "--json", str(tmp_path / "wide.json"), "--width", "6144", "--dense-width", "96"]
+    )
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--limit", str(resident_bytes() + MARGIN + 120 * 10**6)])
+    wide_assignment.main()  # the process that runs the tests has had more than the limit
+    result = json.loads((tmp_path / "wide.json").read_text())
+    assert result["wide"]["planted_found"] == 1.0
+    assert result["wide"]["way"] == "rows"
+    assert [row["kind"] for row in result["rows"]] == list(wide_assignment.KINDS)
+    assert max(row["differs_from_dense"] for row in result["rows"]) <= 1e-6

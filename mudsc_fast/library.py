@@ -2,8 +2,9 @@
 graphs.
 
 Importing this module registers them. Each takes and returns tensors and numbers only, has a fake kernel, and runs
-wherever its public function does; ``covariance_update`` never waits for the device, so that it can be captured in a
-CUDA graph. None has a gradient.
+wherever its public function does. ``covariance_update`` never waits for the device, so that it can be captured in a
+CUDA graph; the others read a status or index vectors on the host, and ``torch.compile`` keeps them outside of its
+graphs. None has a gradient.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from torch import Tensor
 
 from mudsc_fast import assignment, backends, regrouping, similarity, zipping
 
+# torch.compile leaves ops with this tag out of CUDA graphs; versions of torch that lack it let them fail there.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
 
-def _op(schema: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as the op of its name, with what its results look like."""
+
+def _op(schema: str, fake: Callable[..., Any], writes: Sequence[str] = (), waits: bool = True) -> Callable[..., Any]:
+    """Register a function as the op of its name, with what its results look like.
+
+    writes: arguments that are changed. waits: it waits for the device, so that no CUDA graph can capture it.
+    """
+    tags = {"tags": (_UNSAFE,)} if waits and _UNSAFE is not None else {}
 
     def register(run: Callable[..., Any]) -> Any:
-        made = torch.library.custom_op(f"mudsc_fast::{run.__name__}", run, mutates_args=tuple(mutates), schema=schema)
+        name = f"mudsc_fast::{run.__name__}"
+        made = torch.library.custom_op(name, run, mutates_args=tuple(writes), schema=schema, **tags)
         made.register_fake(fake)
         return made
 
@@ -170,6 +179,7 @@ def dual_similarity(
     "(Tensor(a!) gram, Tensor(b!) vectors, Tensor[] features, int dim=-1, int planes=3) -> ()",
     _like_covariance_update,
     ("gram", "vectors"),
+    waits=False,
 )
 def covariance_update(
     gram: Tensor, vectors: Tensor, features: Sequence[Tensor], dim: int = -1, planes: int = 3

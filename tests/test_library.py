@@ -128,3 +128,11 @@ def test_covariance_update_checks_its_arguments(change: dict[str, Any], words: s
     given = {"gram": torch.zeros(10, 10), "vectors": torch.zeros(4, 10, dtype=torch.float64), "features": features()}
     with pytest.raises(ValueError, match=words):
         library.covariance_update(**(given | change))
+
+
+def test_ops_that_wait_are_kept_out_of_cuda_graphs() -> None:
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if unsafe is None:
+        pytest.skip("this torch has no such tag")
+    for name in {key.split(",")[0] for key in OPS} | {"covariance_update"}:
+        assert (unsafe in getattr(torch.ops.mudsc_fast, name).default.tags) == (name != "covariance_update"), name

@@ -61,6 +61,8 @@ def run_part(part: Part, seconds: float, extra: Mapping[str, str] | None = None)
     """
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # Where the toolkit's compute-sanitizer and nvcc are, if nobody put them on the path.
+    environment["PATH"] = os.pathsep.join([environment.get("PATH", os.defpath), "/usr/local/cuda/bin"])
     environment.update({**part.environment, **(extra or {})})
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:

@@ -70,6 +70,7 @@ PARTS: tuple[Part, ...] = (
     Part("bench_regroup", _task("bench_regroup"), 25.0, "gathers and sums against a copy", ("build",)),
     Part("bench_covariance", _task("bench_covariance"), 45.0, "updates against cuBLAS", ("build",)),
     Part("bench_similarity", _task("bench_similarity"), 40.0, "fused against unfused torch", ("build",)),
+    Part("bench_lists", _task("bench_lists"), 25.0, "lists of candidates against torch.topk", ("build",)),
     Part("bench_align", _task("bench_align"), 60.0, "alignments at width 28672", ("build",)),
     *(_sanitized("memcheck", kernel) for kernel in KERNELS),
     *(_sanitized("racecheck", kernel) for kernel in KERNELS),

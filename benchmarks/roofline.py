@@ -1,10 +1,10 @@
-"""What the Triton kernels cannot beat on an H100 or H200: computed from shapes, measured peaks and machine code, not
+"""What the GPU kernels cannot beat on an H100 or H200: computed from shapes, measured peaks and machine code, not
 measured.
 
 python -m benchmarks.roofline [--records FILE] [--write docs/gpu.md]
 
-FILE holds the records of `python -m benchmarks.proof.triton_code`. A floor is the larger of operations over the peak
-and bytes over the bandwidth; occupancy follows the rule of CUDA's cuda_occupancy.h.
+FILE holds the records of `python -m benchmarks.proof.triton_code`; those of `cuda_code` are read beside. A floor is the
+larger of operations over the peak and bytes over the bandwidth; occupancy follows the rule of CUDA's cuda_occupancy.h.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks.proof.occupancy import Use, blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "triton-code.json"
+CUDA_RECORDS = ROOT / "benchmarks" / "results" / "cuda-code.json"
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 # Measured: bfloat16 products of 8192^3 random matrices by cuBLAS, and device copies (read and written bytes).
@@ -89,6 +90,24 @@ def shapes() -> Iterator[Shape]:
         )  # fmt: skip
 
 
+def cuda_shapes() -> Iterator[Shape]:
+    """Launches of the CUDA kernels, all bound by memory or by waiting."""
+    d, columns = 14_336, 8_192
+    for dtype, element, size in (("float32", "unsigned int", 4), ("bfloat16", "unsigned short", 2)):
+        moved = 2.0 * d * columns * size
+        lanes = 16 // size
+        for kernel, axis in (("vectors_kernel", "rows"), ("lines_kernel", "columns")):
+            variant = f"{kernel}<Move<{element}>, {lanes}>"
+            yield Shape(f"regroup, {dtype}, {d} x {columns}, permuted {axis}", kernel, variant, 0.0, moved)
+    for width in (4096, d):
+        n = 2 * width
+        # Loading reads all and writes all, the first search reads half; a merge reads and writes two rows and columns,
+        # and waits once for the whole grid, which is not in the floor.
+        moved = 10.0 * n * n + width * 20.0 * n
+        yield Shape(f"zip, 2 x {width}, {width} merges", "zip_kernel", "zip_kernel<float, true>", 0.0, moved)
+    yield Shape("1024 assignments of 128 x 128", "assign_kernel", "assign_kernel<float>", 0.0, 4.0 * 1024 * 128 * 128)
+
+
 def floor(shape: Shape, chip: str) -> tuple[float, str]:
     """Seconds that no kernel of this kind can beat on a chip, and what bounds it."""
     flops, bandwidth = PEAKS[chip]
@@ -107,15 +126,15 @@ def step_cycles(record: dict[str, Any]) -> tuple[int, int]:
     return rows * columns * depth // TENSOR_FMA, -(-record["loop_instructions"] * record["warps"] // SCHEDULERS)
 
 
-def _chosen(records: list[dict[str, Any]], shape: Shape) -> dict[str, Any]:
-    found = [r for r in records if (r["kernel"], r["variant"], r["arch"]) == (shape.kernel, shape.variant, "sm_90")]
+def _chosen(records: list[dict[str, Any]], shape: Shape, arch: str = "sm_90") -> dict[str, Any]:
+    found = [r for r in records if (r["kernel"], r["variant"], r["arch"]) == (shape.kernel, shape.variant, arch)]
     if not found:
-        raise ValueError(f"records: none of {shape.kernel}, {shape.variant} on sm_90")
+        raise ValueError(f"records: none of {shape.kernel}, {shape.variant} on {arch}")
     return found[0]  # the first configuration listed is the one taken
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """The floors as a Markdown table, and the configurations under it."""
+def table(records: list[dict[str, Any]], cuda: list[dict[str, Any]]) -> str:
+    """The floors as a Markdown table, and the configurations under it; records of Triton's kernels and of CUDA's."""
     lines = [
         "| computed, not measured | configuration | H100 ms | H200 ms | bound by | counted as a full product |",
         "|---|---|---|---|---|---|",
@@ -127,6 +146,12 @@ def table(records: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {shape.name} | {record['config']} | {times['H100'] * 1e3:.3g} | {times['H200'] * 1e3:.3g} "
             f"| {floor(shape, 'H100')[1]} | {rate} |"
+        )
+    for shape in cuda_shapes():
+        _chosen(cuda, shape, "sm_90a")
+        times = {chip: floor(shape, chip)[0] for chip in PEAKS}
+        lines.append(
+            f"| {shape.name} | `{shape.variant}` | {times['H100'] * 1e3:.3g} | {times['H200'] * 1e3:.3g} | memory |  |"
         )
     lines += [
         "",
@@ -143,7 +168,24 @@ def table(records: list[dict[str, Any]]) -> str:
             f"| {record['shared_bytes']} | {occupancy(record)} | {record['loop_instructions']} "
             f"| {cycles[0]}, {cycles[1]} |"
         )
-    return "\n".join([*lines, "", *reasons()])
+    return "\n".join([*lines, "", *_cuda_lines(cuda), "", *reasons()])
+
+
+def _cuda_lines(records: list[dict[str, Any]]) -> Iterator[str]:
+    """What the compiler made of the CUDA kernels for Hopper; of regroup, what moves 16 bytes at a time."""
+    from benchmarks.proof.cuda_code import vector_bytes
+
+    yield (
+        "| computed, not measured: kernel on sm_90a | registers | shared bytes | blocks an SM | instructions "
+        "| 16-byte loads, stores |"
+    )
+    yield "|---|---|---|---|---|---|"
+    for r in records:
+        if r["arch"] == "sm_90a" and vector_bytes(r["variant"]) in (0, 16):
+            yield (
+                f"| `{r['variant']}` | {r['registers']} | {r['shared_bytes']} | {r['blocks_an_sm']} "
+                f"| {r['instructions']} | {r['loads_16']}, {r['stores_16']} |"
+            )
 
 
 def reasons() -> Iterator[str]:
@@ -174,7 +216,8 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--write", type=Path, default=None)
     options = parser.parse_args()
-    text = table(json.loads(options.records.read_text(encoding="utf-8")))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (options.records, CUDA_RECORDS)]
+    text = table(*found)
     if options.write is None:
         print(text)
     else:

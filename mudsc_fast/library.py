@@ -9,6 +9,7 @@ graphs. None has a gradient.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from mudsc_fast import assignment, backends, regrouping, similarity, zipping
 
 # torch.compile leaves ops with this tag out of CUDA graphs; versions of torch that lack it let them fail there.
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAKES_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None) if _TAKES_TAGS else None
 
 
 def _op(schema: str, fake: Callable[..., Any], writes: Sequence[str] = (), waits: bool = True) -> Callable[..., Any]:

@@ -77,7 +77,7 @@ def dual_similarity(
 
     Args:
         terms: as in ``weight_similarity``; may be empty.
-        activation: a Covariance of the space's units, or None for weights alone.
+        activation: a Covariance of the space's units on any device, or None for weights alone.
         balance: share of the weights, 0..1. 0, or no terms: activations alone.
         scope: "cross" or "full"; "full" needs a Covariance of scope "full".
         backend: "auto" or a name of ``mudsc_fast.backends``.

@@ -79,6 +79,17 @@ def test_the_document_counts_the_compilations(records: list[dict[str, Any]]) -> 
     assert shown == Counter(r["source"] for r in records)
 
 
+@needs_nvcc
+def test_records_kept_are_those_of_todays_kernels(records: list[dict[str, Any]]) -> None:
+    from benchmarks.roofline import CUDA_RECORDS
+
+    kept = json.loads(CUDA_RECORDS.read_text(encoding="utf-8"))
+    say = "python -m benchmarks.proof.cuda_code > benchmarks/results/cuda-code.json"
+    assert {(r["variant"], r["arch"]) for r in kept} == {(r["variant"], r["arch"]) for r in records}, say
+    if kept[0]["nvcc"] == cuda_code.version():
+        assert kept == records, say
+
+
 def test_a_fault_is_seen() -> None:
     good: dict[str, Any] = dict.fromkeys(("spills", "stack", "local_accesses", "shared_bytes"), 0)
     good |= {"kernel": "vectors_kernel", "variant": "vectors_kernel<Move<unsigned int>, 4>", "arch": "sm_90a"}

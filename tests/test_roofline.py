@@ -17,8 +17,8 @@ from benchmarks.proof import occupancy
 DOCUMENT = roofline.ROOT / "docs" / "gpu.md"
 
 
-def records() -> list[dict[str, object]]:
-    found: list[dict[str, object]] = json.loads(roofline.RECORDS.read_text(encoding="utf-8"))
+def records(path: Path = roofline.RECORDS) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -26,8 +26,9 @@ def test_the_document_shows_what_the_records_give() -> None:
     pytest.importorskip("triton")
     text = DOCUMENT.read_text(encoding="utf-8")
     shown = text.split(roofline.BEGIN)[1].split(roofline.END)[0].strip()
-    assert shown == roofline.table(records()).strip(), "python -m benchmarks.roofline --write docs/gpu.md"
-    assert shown.count("computed, not measured") == 2
+    made = roofline.table(records(), records(roofline.CUDA_RECORDS)).strip()
+    assert shown == made, "python -m benchmarks.roofline --write docs/gpu.md"
+    assert shown.count("computed, not measured") == 3
 
 
 def test_floors_by_hand() -> None:
@@ -129,4 +130,6 @@ def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:
 
 def test_a_variant_without_a_record_is_named() -> None:
     with pytest.raises(ValueError, match=r"records: none of product\.add_kernel"):
-        roofline.table([])
+        roofline.table([], [])
+    with pytest.raises(ValueError, match=r"records: none of vectors_kernel, .* on sm_90a"):
+        roofline.table(records(), [])

@@ -169,6 +169,41 @@ def test_rescaled_units_have_the_members_mean_and_deviation() -> None:
             torch.testing.assert_close(what(own), wanted, atol=1e-4, rtol=1e-3)
 
 
+NORMS = {"resnet, groups": ("layer1.0.conv1", "layer1.0.bn1", 1), "vit": ("residual", "blocks.1.norm2", -1)}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_without_running_statistics_are_repaired_by_their_own_parameters(name: str) -> None:
+    space, norm, dim = NORMS[name]
+    models, spec, batches = _pair(name)
+    plan = _zip(models, spec, batches)
+    labels = plan.labels[space].reshape(-1)
+
+    def seen(model: nn.Module) -> Tensor:
+        found: list[Tensor] = []
+        handle = model.get_submodule(norm).register_forward_hook(lambda m, a, y: found.append(y.detach()))
+        outputs(model, batches)
+        handle.remove()
+        return torch.cat(found).movedim(dim, 0).flatten(1).double()
+
+    def members(each: Tensor) -> Tensor:
+        sums = each.new_zeros(int(labels.max()) + 1, *each.shape[1:]).index_add(0, labels, each)
+        return sums / labels.bincount().reshape(-1, *[1] * (each.dim() - 1))
+
+    units = torch.cat([seen(m) for m in models])
+    repaired = _merged(models, plan)
+    mf.repair(repaired, models, batches, plan)
+    own = seen(repaired)
+    torch.testing.assert_close(own.mean(1), members(units.mean(1)), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(own.std(1), members(units.std(1)), atol=1e-3, rtol=1e-2)
+    # After a refit no unit's factor or shift could be better.
+    refitted = _merged(models, plan)
+    mf.refit(refitted, models, batches, plan, ridge=1e-6)
+    own, missing = seen(refitted), members(units) - seen(refitted)
+    torch.testing.assert_close(missing.mean(1), torch.zeros(len(own), dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close((missing * own).mean(1), torch.zeros(len(own), dtype=torch.float64), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("method", ["zip", "select"])
 def test_the_decoder_is_its_formula(method: str) -> None:
     models, spec, batches = _pair("mlp")

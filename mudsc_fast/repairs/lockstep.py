@@ -84,6 +84,8 @@ def walk_layers(
         named = [(_layers(net, once), _norms(net)) for net in networks]
         shapes = {name: tuple(p.shape) for name, p in models[0].named_parameters()}
         rows = {weight: rows_of(plan, weight, shapes[weight]) for weight in once}
+        # A norm whose units belong to no space has nothing that could be repaired.
+        rows = {w: None if len(shapes[w]) == 1 and w not in plan.spec.entries else r for w, r in rows.items()}
         with _walking(networks, batches, named) as walks, bar(what, len(once), progress) as steps:
             while True:
                 events = [[walk.step() for walk in batch] for batch in walks]

@@ -53,7 +53,8 @@ def refit(
     merged net's solved layers give; W grows by <R X'> (<X X'> + ridge)^-1. Before that a layer is rescaled as in
     `repair`. If the output is added to a stream, T contains the stream's error so far. Only means and covariances are
     kept. Because the correction is solved for and not W, a net merged with itself stays as it is (not with output
-    "heads"). A batch norm is solved together with the layer before it; its running statistics are made true.
+    "heads"). A batch norm is solved together with the layer before it; its running statistics are made true. Group and
+    layer norms have every unit's factor and shift solved by themselves.
 
     Returns the number of layers solved. Raises ValueError for no batches, activations that are not finite, models that
     run different layers, heads that do not fit the model's output. Source: docs/quality.md.
@@ -72,7 +73,8 @@ def refit(
             solved += _solve(layer, ridge, token_weight, target)
         elif not layer.last and part != "last":
             changed = rescale(layer)
-            solved += _solve(layer, ridge, token_weight, None) or changed
+            solve = _solve if layer.calls[0].each is None else _solve_each
+            solved += solve(layer, ridge, token_weight, None) or changed
 
     walk_layers(merged, models, batches, plan, work, "refitting", progress)
     return solved
@@ -104,6 +106,31 @@ def _solve(layer: Layer, ridge: float, token_weight: int, target: Target | None)
         each.y += each.apply(each.x, narrow, constant)
     statistics = spread([c.y for c in layer.calls], call.dim)
     change(layer.merged, call, torch.ones_like(shift), shift, step, statistics)
+    return True
+
+
+def _solve_each(layer: Layer, ridge: float, token_weight: int, target: Target | None) -> bool:
+    """The same for a norm's own parameters: every unit's factor and shift by themselves."""
+    call = layer.calls[0]
+    count, sums = 0, torch.zeros(4, call.y.shape[call.dim], dtype=torch.float64, device=call.y.device)
+    for each, wanted in layer.targets():
+        y, missing = (z.movedim(each.dim, 0).flatten(1) for z in (each.y, wanted - each.y))
+        sums += torch.stack([z.sum(1, dtype=torch.float64) for z in (y, missing, y * y, y * missing)])
+        count += y.shape[1]
+    y, missing, squares, products = sums / count
+    variance = squares - y * y
+    factor = (products - y * missing) / (variance + ridge * variance.mean() + 1e-30)
+    shift = missing - factor * y
+    if not bool(torch.isfinite(shift).all()):
+        raise ValueError(f"batches: inputs or outputs of {call.weight!r} are NaN or infinite")
+    size = float(squares.mean().clamp(min=1e-30).sqrt())
+    if float(factor.abs().max()) < _NEGLIGIBLE and float(shift.abs().max()) < _NEGLIGIBLE * size:
+        return False
+    shape = [1] * call.y.dim()
+    shape[call.dim] = -1
+    for each in layer.calls:
+        each.y.mul_((1 + factor).to(each.y).reshape(shape)).add_(shift.to(each.y).reshape(shape))
+    change(layer.merged, call, 1 + factor, shift, None, (y, variance))
     return True
 
 

@@ -32,9 +32,10 @@ def repair(
     merged: a module that holds what `plan.merge` gave. models: the parents, in the plan's order. batches: as for
     `calibrate`; read at once, and their activations at one layer are held. plan: which units belong together.
 
-    Layers are taken in order, each on what the repaired layers before it give. An output that is added to a stream
-    keeps its deviation and has the mean of the sum set. Layers without a bias or batch norm behind them, and the
-    model's own outputs, are left alone. Running statistics of batch norms are made true on the way: they need no reset.
+    Layers are taken in order, each on what the repaired layers before it give; group and layer norms are layers too,
+    by their own parameters. An output that is added to a stream keeps its deviation and has the mean of the sum set.
+    Layers without a bias or batch norm behind them, and the model's own outputs, are left alone. Running statistics of
+    batch norms are made true on the way: they need no reset.
 
     Returns the number of layers worked on. Raises ValueError for no batches, for activations that are not finite, and
     if the models run different layers.

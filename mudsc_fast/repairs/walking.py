@@ -20,6 +20,7 @@ from mudsc_fast.batches import feed
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2}
+_NORMS = {F.group_norm: 1, F.layer_norm: -1}  # with the dim of their units
 # Questions about a tensor, which read none of its numbers.
 _METADATA = {
     "size", "dim", "numel", "ndimension", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
@@ -54,11 +55,13 @@ class Call:
     norm: str | None = None
     skip: Tensor | None = None
     attended: int = 0  # attention calls before this one
+    # The dim of the units, where the layer only multiplies and shifts each unit by itself: a norm's own parameters.
+    each: int | None = None
 
     @property
     def dim(self) -> int:
         """The dim of y that holds the layer's units."""
-        return 1 if self.kernel else -1
+        return self.each if self.each is not None else 1 if self.kernel else -1
 
 
 class _Stop(BaseException):
@@ -221,6 +224,13 @@ class _Watch(TorchFunctionMode):
                 return None
             bias = self._layers.get(id(given.get("bias")))
             return Call(weight, bias, F.linear, given["input"], result, attended=self.attended)
+        if func in _NORMS:
+            given = _named(("input", "by", "weight", "bias"), args, kwargs)
+            weight = self._layers.get(id(given.get("weight")))
+            bias = self._layers.get(id(given.get("bias")))
+            if weight is None or bias is None or given["weight"].dim() != 1:
+                return None
+            return Call(weight, bias, F.linear, given["input"], result, attended=self.attended, each=_NORMS[func])
         if func in _CONVOLUTIONS:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
             given = _named(names, args, kwargs)

@@ -8,11 +8,18 @@ from collections import Counter
 from pathlib import Path
 
 import interpreted_kernels as kernels
+import interpreted_setup as setup
+import interpreter_fixes
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreted_covariances import covariance_error
+
+import mudsc_fast as mf
+from mudsc_fast.backends.triton import candidates, covariance_sums, similarity_tiles
+from mudsc_fast.similarity import checked_tables
 
 
 @pytest.mark.parametrize("case", [c for c in kernels.CASES if not c.extra], ids=lambda case: case.name)
@@ -49,7 +56,7 @@ def test_bfloat16_rounds_as_hardware_does() -> None:
     assert torch.equal(y[kept].view(torch.int16), wanted[kept].view(torch.int16))
     assert torch.equal(z[kept], wanted[kept].float())
     # By hand: 1 + 2**-8 is a tie between 1 and 1 + 2**-7, and goes to the even one; a little more goes up.
-    assert kernels.interpreter_fixes.rounded(np.float32([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20])).tolist() == [
+    assert interpreter_fixes.rounded(np.float32([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20])).tolist() == [
         0x3F80, 0x3F82, 0x3F81
     ]  # fmt: skip
 
@@ -65,19 +72,19 @@ def test_products_are_exact_in_float32(dtype: torch.dtype) -> None:
 
 def test_the_rule_chooses_by_mean_over_deviation() -> None:
     for ratio, raw in ((0.0, True), (1.6, True), (3.0, False), (100.0, False)):
-        batch = [x.bfloat16() for x in kernels.features(300, 9, 2, ratio)]
-        assert kernels.covariance_error([batch], raw=raw) <= kernels.CORRELATION, ratio
+        batch = [x.bfloat16() for x in setup.features(300, 9, 2, ratio)]
+        assert covariance_error([batch], raw=raw) <= setup.CORRELATION, ratio
 
 
 def test_three_planes_are_as_exact_as_a_float32_product() -> None:
-    x = kernels.features(300, 17)
+    x = setup.features(300, 17)
     batch = [y.float() for y in x]
     stacked = torch.cat([y - y.mean(dim=0) for y in batch], dim=1)
     wanted = stacked.double().T @ stacked.double()
     size = stacked.double().abs().T @ stacked.double().abs()
     theirs = float(((stacked.T @ stacked - wanted).abs() / size).max())
-    with kernels.cut_as(kernels.SMALL):
-        found = kernels.mf.Covariance(17, backend="triton")
+    with setup.cut_as(setup.SMALL):
+        found = mf.Covariance(17, backend="triton")
         found.update(batch)
     sums = found._sums
     scale = sums.vectors[1]
@@ -87,10 +94,10 @@ def test_three_planes_are_as_exact_as_a_float32_product() -> None:
 
 
 def test_a_failed_launch_leaves_the_sums_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    covariance = kernels.mf.Covariance(8, backend="triton")
-    batch = [x.bfloat16() for x in kernels.features(20, 8)]
+    covariance = mf.Covariance(8, backend="triton")
+    batch = [x.bfloat16() for x in setup.features(20, 8)]
     covariance.update(batch)
-    monkeypatch.setattr(kernels.covariance_sums, "add_product", _broken)
+    monkeypatch.setattr(covariance_sums, "add_product", _broken)
     with pytest.raises(RuntimeError, match="add_kernel"):
         covariance.update(batch)
     monkeypatch.undo()
@@ -100,11 +107,11 @@ def test_a_failed_launch_leaves_the_sums_marked(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_batch_that_fails_before_the_sums_are_touched_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    covariance = kernels.mf.Covariance(8, backend="triton")
-    batch = [x.bfloat16() for x in kernels.features(20, 8)]
+    covariance = mf.Covariance(8, backend="triton")
+    batch = [x.bfloat16() for x in setup.features(20, 8)]
     covariance.update(batch)
     before = covariance.correlation()
-    monkeypatch.setattr(kernels.covariance_sums, "split", _broken)
+    monkeypatch.setattr(covariance_sums, "split", _broken)
     with pytest.raises(RuntimeError, match="add_kernel"):
         covariance.update(batch)
     monkeypatch.undo()
@@ -129,14 +136,14 @@ def test_too_little_memory_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(MemoryError, match=r'1\.00 GiB.*scope="cross" needs less'):
-        kernels.mf.Covariance(8192, backend="triton")
+        mf.Covariance(8192, backend="triton")
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
     good = [torch.ones(4, 3), torch.eye(4)[:, :3]]
     bad = [torch.ones(4, 2), torch.full((4, 2), float("nan"))]
     with pytest.raises(ValueError, match=r"terms\[1\].*NaN"):
-        kernels.mf.weight_similarity([good, bad], backend="triton")
+        mf.weight_similarity([good, bad], backend="triton")
 
 
 def test_what_is_not_finite_is_named_by_its_row() -> None:
@@ -145,14 +152,12 @@ def test_what_is_not_finite_is_named_by_its_row() -> None:
         tile[2, 1] = float(bad)
         for room in (0, 5):
             for one in (tile, tile.double()):
-                with kernels.few_columns(), pytest.raises(ValueError, match="row 5"):
-                    kernels.candidates.assign_tile(one, 3, prices, room)
+                with setup.few_columns(), pytest.raises(ValueError, match="row 5"):
+                    candidates.assign_tile(one, 3, prices, room)
 
 
 def test_candidates_check_what_they_are_given() -> None:
-    tiles = kernels.similarity_tiles.Similarities(
-        kernels._tables([[torch.eye(4), torch.eye(4)]])[0], 4, 2, 1.0, None, kernels.CPU
-    )
+    tiles = similarity_tiles.Similarities(checked_tables([[torch.eye(4), torch.eye(4)]])[0], 4, 2, 1.0, None, setup.CPU)
     for call, words in (
         (lambda: tiles.candidates(5), "k: expected 1..4"),
         (lambda: tiles.candidates(2, m=2), "m: expected 1..1"),
@@ -167,11 +172,11 @@ def test_the_gpu_benchmark_runs() -> None:
     # At toy sizes: that it runs and checks its results; the times mean nothing here.
     from benchmarks import gpu_triton
 
-    with kernels.cut_as(kernels.SMALL):
-        found = gpu_triton.rows(kernels.CPU, small=True, rounds=1)
+    with setup.cut_as(setup.SMALL):
+        found = gpu_triton.rows(setup.CPU, small=True, rounds=1)
         assert found["failures"] == []
         assert len(found["rows"]) == 4
-        assert all(row["error"] <= kernels.CORRELATION for row in found["rows"])
-        tuned = gpu_triton.tune(kernels.CPU, 40, 64, rounds=1)
-    assert tuned["tuned"] == {use: {"90": kernels.SMALL.name} for use in ("add", "blend")}
+        assert all(row["error"] <= setup.CORRELATION for row in found["rows"])
+        tuned = gpu_triton.tune(setup.CPU, 40, 64, rounds=1)
+    assert tuned["tuned"] == {use: {"90": setup.SMALL.name} for use in ("add", "blend")}
     assert not [row for row in tuned["tried"] if "failed" in row]

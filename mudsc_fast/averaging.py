@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mudsc_fast.axes import AxisMap, axis_labels
 from mudsc_fast.leading import led
+from mudsc_fast.network import merging_of
 from mudsc_fast.regrouping import regroup
 from mudsc_fast.weights import Weights, is_finite
 
@@ -67,8 +68,17 @@ def merge_pieces(
 ) -> Iterator[Piece]:
     """The same in pieces: tensors of more than `limit` bytes some rows at a time, where the spec allows it."""
     weights = Weights(state_dicts, spec, whole=True)
+    ready = None
+    if limit is None and only is None and not leaders:
+        ready = merging_of(spec, labels, widths, weights.state_dicts, shares)
     for name in weights.names:
         if only is not None and name not in only:
+            continue
+        found = ready.take(name) if ready is not None and name in ready else None
+        if found is not None:
+            if not found[1]:
+                _Reader(weights, name, None).require_finite()
+            yield Piece(name, 0, found[0], True)
             continue
         shape, dtype = weights.info(0, name)
         for m in range(1, weights.models):

@@ -1,4 +1,4 @@
-"""A whole network's match on the CPU, said to the kernels once: then a visit of the sweeps is one call.
+"""A whole network on the CPU, said to the kernels once: then a visit of the sweeps is one call, and so is a merge.
 
 A small network is matched in less time than Python takes to find its axes and make its views. So these are resolved
 into integers (which tensor, which dims, which factors), kept with the spec for tensors of the same shapes and strides,
@@ -9,8 +9,9 @@ tensors that are read on demand or lie on a GPU, spaces that share an axis with 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +128,7 @@ def network_of(
 
 
 # Layouts kept with a spec: one or two kinds of checkpoints are matched with it.
-_KEPT = 4
+_KEPT = 6
 
 
 class _Maps:
@@ -143,10 +144,7 @@ class _Maps:
             (*p.where, p.factors, tuple((self.index[m.space.name], m.block, m.inner) for m in p.members))
             for p in group.pieces
         )
-        size = 1
-        for s in group.sizes:
-            size *= s
-        found = size, group.role == "in", pieces
+        found = prod(group.sizes), group.role == "in", pieces
         if found not in self._known:
             self._known[found] = len(self.made)
             self.made.append(found)
@@ -173,7 +171,7 @@ def _resolve(spec: PermutationSpec, tensors: Sequence[Tensor], models: int) -> _
             own.append(term)
         spaces.append((space.width, space.blocks, space.within == "fixed", supported))
         terms.append(own if supported else [])
-    return _core.NetworkLayout(models, spaces, maps.made, terms)
+    return _core.NetworkLayout(models, spaces, maps.made, terms, [])
 
 
 def _term(
@@ -213,3 +211,122 @@ def _term(
 
 
 _MOST_DIMS = 12  # of the kernels
+
+
+class Merging:
+    """Merged tensors of models in memory, many at a call, in the order in which they are asked for."""
+
+    def __init__(
+        self, core: _core.Network, tensors: Mapping[str, list[Tensor]], index: Mapping[str, int], shares: list[float]
+    ) -> None:
+        self._core, self._tensors, self._index, self._shares = core, tensors, index, shares
+        self._left = deque(index)
+        self._made: dict[str, tuple[Tensor, bool]] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def take(self, name: str) -> tuple[Tensor, bool] | None:
+        """The merged tensor and whether it is finite; None where the plain way has to be taken. Once for each name."""
+        while name not in self._made and self._left:
+            self._make_some()
+        return self._made.pop(name, None)
+
+    def _make_some(self) -> None:
+        names: list[str] = []
+        outs: list[Tensor] = []
+        size = 0
+        while self._left and (not names or size < _AT_ONCE):
+            names.append(self._left.popleft())
+            outs.append(torch.empty_like(self._tensors[names[-1]][0]))
+            size += outs[-1].nbytes
+        which, pointers = [self._index[name] for name in names], [out.data_ptr() for out in outs]
+        found = self._core.merge(self._shares, which, pointers, torch.get_num_threads())
+        for name, out, status in zip(names, outs, found, strict=True):
+            if status < 2:
+                self._made[name] = out, status == 0
+
+
+# Bytes of merged tensors that are made by one call, so that a merge holds little beside what it has handed out.
+_AT_ONCE = 32 * 2**20
+
+
+def merging_of(
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    shares: Sequence[float],
+) -> Merging | None:
+    """The merged tensors of these models that can be made at once, or None. Arguments are those of a plan, checked."""
+    if any(widths[space.name] != space.width for space in spec.spaces):
+        return None
+    if any(type(state_dict) not in _IN_MEMORY for state_dict in state_dicts):
+        return None
+    tensors: dict[str, list[Tensor]] = {}
+    for name in state_dicts[0]:
+        if name in spec.entries:
+            each = [state_dict[name] for state_dict in state_dicts]
+            if _alike(each):
+                tensors[name] = each
+    kinds = ("merge", len(state_dicts), *((name, each[0].shape, each[0].dtype) for name, each in tensors.items()))
+    known = spec.resolved.get(kinds)
+    if known is None:
+        known = spec.resolved[kinds] = _resolve_merge(spec, tensors, len(state_dicts))
+        while len(spec.resolved) > _KEPT:
+            spec.resolved.popitem(last=False)
+    layout, index = known
+    pointers = [x.data_ptr() for name in index for x in tensors[name]]
+    order = [space.width for space in spec.spaces]
+    core = _core.Network(layout, pointers, False, order, 0.5, 1.0, [None] * len(order))
+    for k, space in enumerate(spec.spaces):
+        core.set_labels(k, labels[space.name], space.width)
+    return Merging(core, tensors, index, list(shares))
+
+
+def _alike(each: Sequence[Tensor]) -> bool:
+    """Whether the tensors are dense floating ones on the CPU, all of one shape and type."""
+    first = each[0]
+    return all(
+        type(x) in _TENSORS
+        and x.dtype == first.dtype
+        and x.shape == first.shape
+        and x.is_cpu
+        and x.is_contiguous()
+        and not x.is_neg()
+        for x in each
+    ) and (first.dtype in _FLOATS and first.numel() > 0)
+
+
+def _resolve_merge(
+    spec: PermutationSpec, tensors: Mapping[str, Sequence[Tensor]], models: int
+) -> tuple[_core.NetworkLayout, dict[str, int]]:
+    """The integers of a merge, and the tensors in it: those on which at most two single dims are relabelled."""
+    maps = _Maps({space.name: k for k, space in enumerate(spec.spaces)})
+    made: list[tuple[str, tuple[int, int, int, int, int], int, int]] = []
+    index: dict[str, int] = {}
+    for name, each in tensors.items():
+        shape = tuple(each[0].shape)
+        groups = spec.groups(name, shape)
+        if not 1 <= len(groups) <= 2 or any(len(g.dims) > 1 for g in groups):
+            continue
+        places = [g.dims[0] for g in groups]
+        numbers = [maps.of(g) for g in groups]
+        inner = prod(shape[places[-1] + 1 :])
+        if len(groups) == 2:
+            a, b = places
+            sizes = prod(shape[:a]), shape[a], prod(shape[a + 1 : b]), shape[b], inner
+            first, second = numbers
+        elif inner < _SHORT:
+            sizes = prod(shape[: places[0]]), 1, 1, shape[places[0]], inner
+            first, second = -1, numbers[0]
+        else:
+            sizes = prod(shape[: places[0]]), shape[places[0]], 1, 1, inner
+            first, second = numbers[0], -1
+        index[name] = len(made)
+        made.append((_FLOATS[each[0].dtype], sizes, first, second))
+    spaces = [(space.width, space.blocks, space.within == "fixed", False) for space in spec.spaces]
+    return _core.NetworkLayout(models, spaces, maps.made, [[] for _ in spaces], made), index
+
+
+_SHORT = 16  # elements below which a row is gathered piece by piece instead of being one

@@ -13,7 +13,7 @@ from pipeline_cases import ARCHITECTURES
 from torch import Tensor
 
 import mudsc_fast as mf
-from mudsc_fast import _core, matching, network, rematch
+from mudsc_fast import _core, averaging, matching, network, rematch
 
 
 class Calls:
@@ -155,7 +155,8 @@ def test_what_is_kept_with_a_spec() -> None:
     assert len(spec.resolved) == 1
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         mf.match([{k: x.to(dtype) for k, x in state.items()} for state in state_dicts], spec, None, max_sweeps=1)
-    mf.match(state_dicts * 2, spec, None, max_sweeps=1)
+    for count in (2, 3, 4):
+        mf.match(state_dicts * count, spec, None, max_sweeps=1)
     assert len(spec.resolved) == network._KEPT
     for other in (copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))):
         assert other == spec
@@ -195,3 +196,88 @@ def test_sound_labels_are_those_that_the_checks_accept(method: str, monkeypatch:
             expected = 0
         assert size == expected, labels
     assert len({size > 0 for size in found}) == 2
+
+
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def random_labels(spec: mf.PermutationSpec, models: int, method: str) -> dict[str, Tensor]:
+    """A plan's labels without a match: other orders, or units that also merge inside a model."""
+    generator = torch.Generator().manual_seed(models)
+    orders = [spec.random_permutation(m) for m in range(models)]
+    labels = {}
+    for space in spec.spaces:
+        rows = torch.stack([torch.argsort(order[space.name]) for order in orders])
+        rows[0] = torch.arange(space.width)
+        if method == "zip" and space.within == "free" and space.blocks == 1:
+            spread = torch.cat(
+                [
+                    torch.arange(space.width),
+                    torch.randint(space.width, ((models - 1) * space.width,), generator=generator),
+                ]
+            )
+            rows = spread[torch.randperm(len(spread), generator=generator)].reshape(models, -1)
+        labels[space.name] = rows
+    return labels
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("models", "weights"), [(2, None), (3, (0.2, 0.0, 0.5))])
+@pytest.mark.parametrize("method", ["align", "zip"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_merged_at_once_is_merged_one_by_one(
+    name: str,
+    method: str,
+    models: int,
+    weights: tuple[float, ...] | None,
+    dtype: torch.dtype,
+    isa: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = ARCHITECTURES[name].spec
+    states = [
+        {key: x.to(dtype) if x.is_floating_point() else x for key, x in net.state_dict().items()}
+        for net in ARCHITECTURES[name].models(models)
+    ]
+    plan = mf.MergePlan(spec, random_labels(spec, models, method), method)
+    monkeypatch.setattr(network, "_AT_ONCE", 300)
+    taken: list[str] = []
+    take = network.Merging.take
+    monkeypatch.setattr(network.Merging, "take", lambda self, key: taken.append(key) or take(self, key))
+    quick = plan.merge(states, weights)
+    assert len(taken) >= len(spec.entries) // 2
+    monkeypatch.setattr(averaging, "merging_of", lambda *_: None)
+    plain = plan.merge(states, weights)
+    assert list(quick) == list(plain)
+    for key, x in plain.items():
+        assert quick[key].dtype == x.dtype
+        assert quick[key].stride() == x.stride()
+        torch.testing.assert_close(quick[key], x, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_merged_with_itself_keeps_its_bits(name: str) -> None:
+    case = ARCHITECTURES[name]
+    state = dict(case.models(1)[0].state_dict())
+    other = case.spec.permute(state, case.spec.random_permutation(3))
+    order = {space: torch.stack([torch.arange(len(p)), p]) for space, p in case.spec.random_permutation(3).items()}
+    merged = mf.MergePlan(case.spec, order, "align").merge([state, other], (0.3, 0.6))
+    assert all(torch.equal(merged[key], x) for key, x in state.items())
+
+
+def test_what_cannot_be_merged_is_said() -> None:
+    case = ARCHITECTURES["mlp"]
+    states = [dict(net.state_dict()) for net in case.models(2)]
+    plan = mf.match(states, case.spec, None)
+    name = case.spec.compared[-1]
+    states[1][name] = states[1][name].clone()
+    states[1][name].view(-1)[-1] = torch.inf
+    with pytest.raises(ValueError, match="of model 1 holds NaN or inf"):
+        plan.merge(states)
+    # What is too large only when it is added up is no fault of the tensors.
+    states[1][name].view(-1)[-1] = -torch.finfo(torch.float32).max
+    states[0][name] = torch.full_like(states[0][name], torch.finfo(torch.float32).max)
+    assert not bool(torch.isfinite(plan.merge(states)[name]).all())
+    del states[0][name]
+    with pytest.raises(ValueError, match="has no tensor"):
+        plan.merge(states)

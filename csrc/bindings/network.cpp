@@ -1,6 +1,7 @@
 // A network as integers: made once from Python's description, then visited with one call a tie of spaces.
 #include "cpu/network.h"
 
+#include <array>
 #include <memory>
 #include <tuple>
 
@@ -16,6 +17,7 @@ using MemberTuple = std::tuple<int, std::vector<int>, std::vector<int>>;
 using PieceTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>, std::vector<MemberTuple>>;
 using MapTuple = std::tuple<int64_t, bool, std::vector<PieceTuple>>;
 using ViewTuple = std::tuple<std::string, int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+using TensorTuple = std::tuple<std::string, std::array<int64_t, 5>, int, int>;
 using TermTuple = std::tuple<std::vector<int>, std::vector<std::pair<std::vector<int>, int>>, std::vector<ViewTuple>>;
 
 Dtype float_type(const std::string& name) {
@@ -87,7 +89,8 @@ NetworkTerm checked_term(const TermTuple& tuple, const NetworkLayout& layout, in
 
 std::shared_ptr<NetworkLayout> make_layout(int64_t models, const std::vector<SpaceTuple>& spaces,
                                            const std::vector<MapTuple>& maps,
-                                           const std::vector<std::vector<TermTuple>>& terms) {
+                                           const std::vector<std::vector<TermTuple>>& terms,
+                                           const std::vector<TensorTuple>& tensors) {
     require(models > 1 && models <= kMaxModels && terms.size() == spaces.size(), "network: sizes out of range");
     auto layout = std::make_shared<NetworkLayout>();
     layout->models = models;
@@ -99,6 +102,14 @@ std::shared_ptr<NetworkLayout> make_layout(int64_t models, const std::vector<Spa
     for (size_t s = 0; s < terms.size(); ++s) {
         auto& own = layout->terms.emplace_back();
         for (const TermTuple& term : terms[s]) own.push_back(checked_term(term, *layout, layout->spaces[s].width));
+    }
+    for (const auto& [dtype, sizes, first, second] : tensors) {
+        const auto fits = [&](int map, int64_t positions) {
+            return map == -1 || (map >= 0 && map < static_cast<int>(layout->maps.size()) &&
+                                 layout->maps[static_cast<size_t>(map)].positions == positions);
+        };
+        require(fits(first, sizes[1]) && fits(second, sizes[3]), "tensors: a map of another length");
+        layout->tensors.push_back({float_type(dtype), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], first, second});
     }
     return layout;
 }
@@ -124,6 +135,8 @@ std::unique_ptr<Network> make_network(const std::shared_ptr<NetworkLayout>& layo
                 require(view.tensor < static_cast<int64_t>(pointers.size()), "data: a tensor is missing");
         }
     }
+    require(layout->tensors.size() * static_cast<size_t>(layout->models) <= pointers.size(),
+            "data: a tensor is missing");
     std::vector<const void*> data;
     for (uintptr_t pointer : pointers) data.push_back(reinterpret_cast<const void*>(pointer));
     return std::make_unique<Network>(layout, std::move(data),
@@ -167,6 +180,31 @@ py::object visit(Network& network, const std::vector<int>& tie, double balance, 
     return std::move(result);
 }
 
+// Writes merged tensors; 0 where one is done, 1 where it is not finite, 2 where the plain way has to be taken.
+std::vector<int> merge(Network& network, const std::vector<double>& shares, const std::vector<int64_t>& which,
+                       const std::vector<uintptr_t>& pointers, int threads) {
+    const NetworkLayout& layout = network.layout();
+    require(static_cast<int64_t>(shares.size()) == layout.models && pointers.size() == which.size(),
+            "merge: expected a share a model and an output a tensor");
+    for (int64_t t : which) require(t >= 0 && t < static_cast<int64_t>(layout.tensors.size()), "merge: no such tensor");
+    double total = 0;
+    for (double share : shares) total += share;
+    require(total > 0, "shares: all vanish");
+    std::vector<void*> outs;
+    for (uintptr_t pointer : pointers) outs.push_back(reinterpret_cast<void*>(pointer));
+    std::vector<Status> found;
+    without_gil([&](const KernelTable& table) {
+        found = network.merge(table, shares, which, outs, threads);
+        return Status::ok;
+    });
+    std::vector<int> result;
+    for (Status status : found) {
+        if (status == Status::no_memory) check(status, "merge");
+        result.push_back(status == Status::ok ? 0 : status == Status::not_finite ? 1 : 2);
+    }
+    return result;
+}
+
 // Merged units of labels (models, width) that keep what a plan promises: every merged unit from 0 on has a member,
 // blocks stay together, and with `align` every row is a permutation, the first one in order. 0 where they do not.
 int64_t sound_labels(const py::object& labels_obj, int64_t blocks, bool align) {
@@ -203,12 +241,14 @@ int64_t sound_labels(const py::object& labels_obj, int64_t blocks, bool align) {
 void bind_network(py::module_& m) {
     m.def("sound_labels", &sound_labels, py::arg("labels"), py::arg("blocks"), py::arg("align"));
     py::class_<NetworkLayout, std::shared_ptr<NetworkLayout>>(m, "NetworkLayout")
-        .def(py::init(&make_layout), py::arg("models"), py::arg("spaces"), py::arg("maps"), py::arg("terms"));
+        .def(py::init(&make_layout), py::arg("models"), py::arg("spaces"), py::arg("maps"), py::arg("terms"),
+             py::arg("tensors"));
     py::class_<Network>(m, "Network")
         .def(py::init(&make_network), py::arg("layout"), py::arg("data"), py::arg("zip"), py::arg("widths"),
              py::arg("attenuation"), py::arg("budget"), py::arg("activations"))
         .def("set_labels", &set_labels, py::arg("space"), py::arg("labels"), py::arg("merged"))
-        .def("visit", &visit, py::arg("tie"), py::arg("balance"), py::arg("threads"));
+        .def("visit", &visit, py::arg("tie"), py::arg("balance"), py::arg("threads"))
+        .def("merge", &merge, py::arg("shares"), py::arg("which"), py::arg("outs"), py::arg("threads"));
 }
 
 }  // namespace mudsc::bindings

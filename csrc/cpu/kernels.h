@@ -173,6 +173,26 @@ struct SimilarityArgs {
     Poll poll;
 };
 
+// One axis of a tensor that is merged: where each model's positions go.
+struct MergeAxis {
+    int64_t positions, size;  // before and after
+    bool out;                 // produces units: entries are scaled by all shares over those of their members
+    const int64_t* ptr;       // [models, size + 1], or null: every position stays
+    const int64_t* members;   // [models, positions], those of merged position j from ptr[j] on
+    const uint8_t* single;    // [models] whether every merged position has one member, in order
+};
+
+// merge: the mean of the models' tensors, seen as [outer, first, middle, second, inner], in merged coordinates.
+struct MergeArgs {
+    Dtype dtype;  // f64, f32, f16, bf16; averaged in f64 for f64, else in f32
+    int64_t models, outer, middle, inner;
+    MergeAxis first, second;
+    const void* const* data;  // [models], contiguous
+    const double* shares;     // [models], >= 0
+    void* out;                // contiguous
+    int threads;
+};
+
 struct KernelTable {
     const char* isa;
     Status (*regroup)(const RegroupArgs&);
@@ -187,6 +207,7 @@ struct KernelTable {
     Status (*covariance_merge)(const CovarianceMergeArgs&);
     Status (*covariance_rebase)(CovarianceState&, const double* shift, const double* scale, int threads);
     Status (*similarity)(const SimilarityArgs&);
+    Status (*merge)(const MergeArgs&);  // not_finite: written, but something in it is not
 };
 
 // The kernels of the instruction set in use: the best that this CPU runs, or the one that MUDSC_FAST_ISA names.

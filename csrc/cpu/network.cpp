@@ -84,7 +84,7 @@ bool Network::is_whole(const NetworkMap& map) const {
 
 void Network::evaluate(const NetworkMap& map, Mapped& result) const {
     const bool whole = is_whole(map);
-    result.labelled = false;
+    result.labelled = result.counted = false;
     result.usable = true;
     result.scale.clear();
     result.size = map.positions;
@@ -478,6 +478,80 @@ Status Network::visit(const KernelTable& table, const std::vector<int>& tie, dou
                    aligned(tie[k]) ? width : options_.widths[static_cast<size_t>(tie[k])]);
     }
     return Status::ok;
+}
+
+// ---- Merged tensors ----
+
+void Network::find_members(Mapped& goes_to, int64_t positions) const {
+    const int64_t models = layout_->models, size = goes_to.size;
+    if (goes_to.counted) return;
+    goes_to.counted = true;
+    goes_to.several = false;
+    bool stays = size == positions;
+    for (size_t k = 0; stays && k < goes_to.labels.size(); ++k)
+        stays = goes_to.labels[k] == static_cast<int64_t>(k) % positions;
+    goes_to.ptr.clear();
+    if (stays) return;
+    goes_to.ptr.assign(static_cast<size_t>(models * (size + 1)), 0);
+    goes_to.members.resize(static_cast<size_t>(models * positions));
+    goes_to.single.assign(static_cast<size_t>(models), 1);
+    for (int64_t m = 0; m < models; ++m) {
+        const int64_t* labels = goes_to.labels.data() + m * positions;
+        int64_t *ptr = goes_to.ptr.data() + m * (size + 1), *members = goes_to.members.data() + m * positions;
+        for (int64_t i = 0; i < positions; ++i) ++ptr[labels[i] + 1];
+        for (int64_t j = 0; j < size; ++j) {
+            if (ptr[j + 1] != 1) goes_to.single[static_cast<size_t>(m)] = 0;
+            ptr[j + 1] += ptr[j];
+        }
+        goes_to.several |= goes_to.single[static_cast<size_t>(m)] == 0;
+        std::vector<int64_t> next(ptr, ptr + size);
+        for (int64_t i = 0; i < positions; ++i) members[next[static_cast<size_t>(labels[i])]++] = i;
+    }
+}
+
+std::vector<Status> Network::merge(const KernelTable& table, const std::vector<double>& shares,
+                                   const std::vector<int64_t>& which, const std::vector<void*>& outs, int threads) {
+    const int64_t models = layout_->models;
+    for (size_t k = 0; k < layout_->maps.size(); ++k) {
+        mapped(static_cast<int>(k));
+        if (mapped_[k].labelled && mapped_[k].usable) find_members(mapped_[k], layout_->maps[k].positions);
+    }
+    std::vector<Status> found;
+    for (size_t k = 0; k < which.size(); ++k) {
+        const NetworkTensor& tensor = layout_->tensors[static_cast<size_t>(which[k])];
+        MergeArgs a{};
+        bool usable = true;
+        const auto axis = [&](int map, int64_t positions) {
+            MergeAxis result{positions, positions, false, nullptr, nullptr, nullptr};
+            if (map < 0) return result;
+            const Mapped& goes_to = mapped_[static_cast<size_t>(map)];
+            usable &= goes_to.usable && (!goes_to.labelled || goes_to.size == positions);
+            if (!goes_to.labelled || goes_to.ptr.empty()) return result;
+            // One member in every model needs no scale.
+            result.out = goes_to.several && !layout_->maps[static_cast<size_t>(map)].in;
+            result.ptr = goes_to.ptr.data();
+            result.members = goes_to.members.data();
+            result.single = goes_to.single.data();
+            return result;
+        };
+        a.first = axis(tensor.first_map, tensor.first);
+        a.second = axis(tensor.second_map, tensor.second);
+        if (!usable) {
+            found.push_back(Status::unsupported);
+            continue;
+        }
+        a.dtype = tensor.dtype;
+        a.models = models;
+        a.outer = tensor.outer;
+        a.middle = tensor.middle;
+        a.inner = tensor.inner;
+        a.data = data_.data() + which[k] * models;
+        a.shares = shares.data();
+        a.out = outs[k];
+        a.threads = threads;
+        found.push_back(table.merge(a));
+    }
+    return found;
 }
 
 }  // namespace mudsc

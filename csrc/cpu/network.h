@@ -52,11 +52,19 @@ struct NetworkTerm {
     std::vector<NetworkView> views;                      // [models]
 };
 
+// A tensor that is merged, contiguous: [outer, first, middle, second, inner]; maps -1: the axis stays.
+struct NetworkTensor {
+    Dtype dtype;
+    int64_t outer, first, middle, second, inner;
+    int first_map, second_map;
+};
+
 struct NetworkLayout {
     int64_t models;
     std::vector<NetworkSpace> spaces;
     std::vector<NetworkMap> maps;
     std::vector<std::vector<NetworkTerm>> terms;  // [spaces]
+    std::vector<NetworkTensor> tensors;           // of a merge: model m's data is pointer models * tensor + m
 };
 
 struct NetworkOptions {
@@ -83,6 +91,11 @@ class Network {
     Status visit(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
                  std::vector<NetworkMatch>& found);
 
+    // Merges the tensors `which` into `outs` (docs/method.md rule 9), as large as these: ok, not_finite, or unsupported
+    // where labels change a width or cannot be followed.
+    std::vector<Status> merge(const KernelTable& table, const std::vector<double>& shares,
+                              const std::vector<int64_t>& which, const std::vector<void*>& outs, int threads);
+
     const NetworkLayout& layout() const { return *layout_; }
 
   private:
@@ -94,10 +107,14 @@ class Network {
     };
     struct Mapped {
         std::vector<int64_t> versions;
-        bool known = false, labelled = false, usable = true;
+        bool known = false, labelled = false, usable = true, counted = false;
         std::vector<int64_t> labels;  // [models, positions]
         int64_t size = 0;
         std::vector<double> scale;  // [size], empty: none
+        // For a merge: members of each merged position, empty where every position stays.
+        std::vector<int64_t> ptr, members;  // [models, size + 1], [models, positions]
+        std::vector<uint8_t> single;        // [models] one member each
+        bool several = false;               // some model has not
     };
     // A similarity and where it lies: cross [models - 1][n][n], or full.
     struct Similar {
@@ -110,6 +127,7 @@ class Network {
 
     const Mapped& mapped(int map);
     bool is_whole(const NetworkMap& map) const;
+    void find_members(Mapped& goes_to, int64_t positions) const;
     void evaluate(const NetworkMap& map, Mapped& result) const;
     bool move_piece(const MapPiece& piece, int64_t model, int64_t* labels) const;
     Status similarity(const KernelTable& table, int space, bool full, double balance, int threads, Poll poll,

@@ -14,15 +14,25 @@ Status covariance_flush(CovarianceState& state, int threads);
 Status covariance_merge(const CovarianceMergeArgs& args);
 Status covariance_rebase(CovarianceState& state, const double* shift, const double* scale, int threads);
 Status similarity(const SimilarityArgs& args);
+Status merge(const MergeArgs& args);
 double peak_f32(int64_t iterations, float* sink);
 double peak_bf16(int64_t iterations, float* sink);
 
 extern const KernelTable kTable;
-const KernelTable kTable = {MUDSC_ISA_NAME,   regroup,          zip,
-                            assign,           assign_tile,      assign_lists,
-                            peak_f32,         peak_bf16,        covariance_update,
-                            covariance_flush, covariance_merge, covariance_rebase,
-                            similarity};
+const KernelTable kTable = {MUDSC_ISA_NAME,
+                            regroup,
+                            zip,
+                            assign,
+                            assign_tile,
+                            assign_lists,
+                            peak_f32,
+                            peak_bf16,
+                            covariance_update,
+                            covariance_flush,
+                            covariance_merge,
+                            covariance_rebase,
+                            similarity,
+                            merge};
 
 const KernelTable& table();
 const KernelTable& table() { return kTable; }

@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the cases of proof A, and below 1 of B's variants")
-    parser.add_argument("--limit", type=float, default=280.0, help="seconds for each part")
+    parser.add_argument(
+        "--limit", type=float, default=900.0, help="seconds for each part, more than it takes on a busy machine"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     chosen = parts(options.seed, options.share)

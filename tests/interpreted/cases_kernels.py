@@ -156,6 +156,18 @@ def test_what_is_not_finite_is_named_by_its_row() -> None:
                     candidates.assign_tile(one, 3, prices, room)
 
 
+def test_rows_come_out_the_same_with_whatever_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Several pieces, strips of one tile row or more: the bits of a row do not depend on its company.
+    monkeypatch.setattr(similarity_tiles, "WORKSPACE", 1)
+    monkeypatch.setattr(similarity_tiles, "STRIP", 64)
+    terms = [[w.float() for w in setup.matrices(70, 150, 2)]]
+    with setup.cut_as(setup.SMALL):
+        tiles = similarity_tiles.Similarities(checked_tables(terms)[0], 70, 2, 1.0, None, setup.CPU)
+        whole = tiles.rows(torch.arange(70))
+        for some in (torch.tensor([69]), torch.tensor([3, 40, 66, 3]), torch.arange(31, 69)):
+            assert torch.equal(tiles.rows(some), whole[some])
+
+
 def test_candidates_check_what_they_are_given() -> None:
     tiles = similarity_tiles.Similarities(checked_tables([[torch.eye(4), torch.eye(4)]])[0], 4, 2, 1.0, None, setup.CPU)
     for call, words in (

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import mudsc_fast as mf
+from mudsc_fast import _core
 
+from . import recorded, second_core
 from .families import FAMILIES
-from .harness import OURS, Contender, Row
+from .harness import OURS, Contender, Result, Row
 from .peers import ASSIGNMENT_PEERS
+
+COLD = "its own cold start"
+# Seconds that one run of a peer may take; a peer that would take longer if its time grew as the cube is not run.
+LONGEST = 12.0
+# Beyond this size only the peer that was the quickest at half of it.
+LARGEST_FOR_ALL = 8192
 
 # What a peer in float32 may lose against the optimum, relative to the sum taken.
 TOLERANCE = 1e-5
@@ -40,48 +50,125 @@ def _read(result: mf.Assignment) -> mf.Assignment:
     return result
 
 
-def _single(family: str, n: int, target: float, rounds: int = 5) -> Row:
+class _Family:
+    """The rows of one family by rising size; which peers run at a size is told by their times at the one before."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.before: dict[str, float] = {}  # seconds of each peer's first run at the last size that was run
+        self.now: dict[str, float] = {}
+
+    def row(self, n: int) -> Row:
+        """One size. Where no peer is run, ours may take what the quickest took at half the size."""
+        if self.now:
+            self.before, self.now = self.now, {}
+        best = _Best()
+        held: dict[str, Tensor] = {}
+        why_not = {peer: self._why_not(peer, n) for peer in self.before}
+        none_runs = bool(why_not) and all(why_not.values())
+
+        def contenders() -> list[Contender]:
+            similarity = FAMILIES[self.name](n, torch.Generator().manual_seed(n))
+            held["similarity"] = similarity
+            return [Contender(OURS, lambda: _read(mf.assign(similarity))), *self._peers(similarity, why_not)]
+
+        def error(name: str, result: Any) -> float:
+            if name == OURS:
+                # The duality gap is our own proof; it must be small whatever the peers say.
+                size = max(float(result.value.abs()) * n, 1e-30)
+                return max(best.error(_taken(held["similarity"], result.indices)), float(result.gap) / size)
+            return best.error(_taken(held["similarity"], torch.as_tensor(result).long()))
+
+        return Row(
+            "assign",
+            self.name,
+            n,
+            contenders,
+            error,
+            TOLERANCE,
+            target=None if none_runs else 1.0,
+            against="best",
+            rounds=3 if n >= 4096 else 5,
+            at_most=min(self.before.values()) if none_runs else None,
+            note="target: what the quickest peer took at half the size" if none_runs else "",
+        )
+
+    def _peers(self, similarity: Tensor, why_not: dict[str, str | None]) -> list[Contender]:
+        found = []
+        for name, peer in ASSIGNMENT_PEERS.items():
+            reason = why_not.get(name)
+            contender = Contender(name, None, reason) if reason else peer(similarity)
+            run = contender.run
+            found.append(contender if run is None else Contender(name, self._timed(name, run)))
+        return found
+
+    def _timed(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+        def timed() -> Any:
+            start = time.perf_counter()
+            result = run()
+            self.now.setdefault(name, time.perf_counter() - start)
+            return result
+
+        return timed
+
+    def _why_not(self, peer: str, n: int) -> str | None:
+        taken = self.before[peer]
+        if taken * n**3 / (n // 2) ** 3 > LONGEST:
+            return f"not run: {taken:.3g} s at half the size, so perhaps over {LONGEST:g} s"
+        if n > LARGEST_FOR_ALL and taken > min(self.before.values()):
+            return f"not run: {taken:.3g} s at half the size, where another peer was quicker"
+        return None
+
+
+def _on(isa: str, family: str, n: int) -> Row:
+    """What users of older processors get; the peers as they are."""
     best = _Best()
     held: dict[str, Tensor] = {}
 
     def contenders() -> list[Contender]:
-        similarity = FAMILIES[family](n, torch.Generator().manual_seed(n))
-        held["similarity"] = similarity
-        found = [Contender(OURS, lambda: _read(mf.assign(similarity)))]
-        return found + [peer(similarity) for peer in ASSIGNMENT_PEERS]
+        similarity = held["similarity"] = FAMILIES[family](n, torch.Generator().manual_seed(n))
+
+        def ours() -> mf.Assignment:
+            _core.use_isa(isa)
+            found = _read(mf.assign(similarity))
+            _core.use_isa(None)
+            return found
+
+        return [Contender(OURS, ours), *(peer(similarity) for peer in ASSIGNMENT_PEERS.values())]
 
     def error(name: str, result: Any) -> float:
-        if name == OURS:
-            # The duality gap is our own proof; it must be small whatever the peers say.
-            size = max(float(result.value.abs()) * n, 1e-30)
-            return max(best.error(_taken(held["similarity"], result.indices)), float(result.gap) / size)
-        return best.error(_taken(held["similarity"], torch.as_tensor(result).long()))
+        indices = result.indices if name == OURS else torch.as_tensor(result).long()
+        return best.error(_taken(held["similarity"], indices))
 
-    return Row("assign", family, n, contenders, error, TOLERANCE, target=target, against="best", rounds=rounds)
+    return Row("assign", f"{family}, {isa}", n, contenders, error, TOLERANCE, rounds=5)
 
 
-def _warm(n: int) -> Row:
-    """A similarity that moved as it does between two sweeps: a third of its columns changed by a little."""
-    best = _Best()
-    held: dict[str, Tensor] = {}
+def _warm(width: int) -> Row:
+    """All revisits of a match of two trained networks of this width: with the duals of the last visit, and without."""
+    best: dict[int, _Best] = {}
+    held: list[recorded.Visit] = []
 
     def contenders() -> list[Contender]:
-        generator = torch.Generator().manual_seed(n)
-        before = FAMILIES["related"](n, generator)
-        after = before.clone()
-        moved = torch.randperm(n, generator=generator)[: n // 3]
-        after[:, moved] += 0.02 * torch.randn(n, len(moved), generator=generator)
-        held["similarity"] = after
-        duals = mf.assign(before).duals
+        held.extend(visit for visit in recorded.visits(width) if visit.duals is not None)
         return [
-            Contender(OURS, lambda: mf.assign(after, duals=duals)),
-            Contender("its own cold start", lambda: mf.assign(after)),
+            Contender(OURS, lambda: [mf.assign(v.similarity, duals=v.duals) for v in held]),
+            Contender(COLD, lambda: [mf.assign(v.similarity) for v in held]),
         ]
 
-    def error(name: str, result: Any) -> float:
-        return best.error(_taken(held["similarity"], result.indices))
+    def error(name: str, results: Any) -> float:
+        each = enumerate(zip(held, results, strict=True))
+        return max(best.setdefault(k, _Best()).error(_taken(v.similarity, r.indices)) for k, (v, r) in each)
 
-    return Row("assign", "warm start", n, contenders, error, 1e-6, target=3.0, against="its own cold start")
+    case = "all revisits of a match, warm"
+    return Row("assign", case, width, contenders, error, 1e-6, target=3.0, against=COLD, rounds=5)
+
+
+def prepared(family: str, n: int, problems: int) -> Callable[[], Any]:
+    """One call, for the second core's processes."""
+    generator = torch.Generator().manual_seed(n)
+    each = [FAMILIES[family](n, generator) for _ in range(problems)]
+    similarity = each[0] if problems == 1 else torch.stack(each)
+    return lambda: _read(mf.assign(similarity))
 
 
 def _batch(count: int, n: int) -> Row:
@@ -93,7 +180,7 @@ def _batch(count: int, n: int) -> Row:
         similarity = torch.stack([FAMILIES["unrelated"](n, generator) for _ in range(count)])
         held["similarity"] = similarity
         looped = []
-        for peer in ASSIGNMENT_PEERS:
+        for peer in ASSIGNMENT_PEERS.values():
             each = [peer(s) for s in similarity]
             runs = [c.run for c in each if c.run is not None]
             looped.append(
@@ -115,12 +202,32 @@ def _batch(count: int, n: int) -> Row:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """The rows of the suite."""
-    sizes = (64, 256, 1024, 2048) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    families = ("uniform", "unrelated", "related", "low_rank") if quick else tuple(FAMILIES)
-    for family in families:
+    """The rows of the suite. They have to be run in this order: one size tells what to run at the next."""
+    sizes = (64, 256, 1024, 2048) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+    for name in ("uniform", "unrelated", "related", "low_rank") if quick else tuple(FAMILIES):
+        family = _Family(name)
         for n in sizes:
-            yield _single(family, n, 5.0 if n >= 4096 else 1.0, rounds=3 if n >= 4096 else 5)
-    for n in (1024,) if quick else (1024, 2048, 4096):
-        yield _warm(n)
+            yield family.row(n)
+    for width in (512,) if quick else (512, 1024):
+        yield _warm(width)
     yield _batch(128 if quick else 1024, 128)
+    if quick:
+        return
+    for isa in _core.build_info()["isas_usable"][:-1]:
+        for n in (64, 1024):
+            yield _on(isa, "unrelated", n)
+    yield second_core.row("assign", "1024 problems in a batch", 128, prepared, ("unrelated", 128, 1024))
+    yield second_core.row("assign", "unrelated", 8192, prepared, ("unrelated", 8192, 1), rounds=3)
+
+
+def summaries(results: Sequence[Result]) -> Iterator[Result]:
+    """Rows made of others: all cells of 4096 units and more together."""
+    cells = [r for r in results if r.case in FAMILIES and r.size >= 4096 and r.measured is not None]
+    if not cells:
+        return
+    case = f"geometric mean of {len(cells)} cells"
+    found = Result("assign", case, min(r.size for r in cells), 1, target=5.0, against="best")
+    found.measured = statistics.geometric_mean(r.measured for r in cells if r.measured is not None)
+    found.seconds[OURS] = statistics.geometric_mean(r.seconds[OURS] for r in cells)
+    found.spread[OURS] = 0.0
+    yield found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,27 +49,40 @@ def _lapjv(similarity: Tensor) -> Contender:
     return Contender("lapjv", lambda: lapjv(cost)[0])
 
 
-def _lapx(similarity: Tensor) -> Contender:
+def _lapcpp(similarity: Tensor) -> Contender:
+    reason = why_missing("lapcpp")
+    if reason:
+        return Contender("lapcpp", None, reason)
+    import lapcpp
+
+    cost = (-similarity).numpy()
+    return Contender("lapcpp", lambda: lapcpp.lapjv(cost, return_cost=False)[1])
+
+
+# lapx's solvers, and where each has the columns among its results. The older two solve in float64.
+_LAPX = {"lapjv": 0, "lapjvc": 1, "lapjvh": 1, "lapjvr": 1}
+
+
+def _lapx(solver: str, similarity: Tensor) -> Contender:
+    name = f"lapx {solver}"
     reason = why_missing("lap")
     if reason:
-        return Contender("lapx", None, reason)
+        return Contender(name, None, reason)
     import lap
 
-    cost = (-similarity).double().numpy()
-    return Contender("lapx", lambda: lap.lapjv(cost, return_cost=False)[0])
+    solve, columns = getattr(lap, solver, None), _LAPX[solver]
+    if solve is None:
+        return Contender(name, None, f"lapx {lap.__version__} has no {solver}; pip install 'mudsc-fast[bench]'")
+    cost = (-similarity).numpy() if solver in ("lapjvh", "lapjvr") else (-similarity).double().numpy()
+    return Contender(name, lambda: solve(cost, return_cost=False)[columns])
 
 
-def _lapx_c(similarity: Tensor) -> Contender:
-    reason = why_missing("lap")
-    if reason:
-        return Contender("lapx lapjvc", None, reason)
-    import lap
-
-    cost = (-similarity).double().numpy()
-    return Contender("lapx lapjvc", lambda: lap.lapjvc(cost, return_cost=False)[1])
-
-
-ASSIGNMENT_PEERS: tuple[Callable[[Tensor], Contender], ...] = (_scipy, _lapjv, _lapx, _lapx_c)
+ASSIGNMENT_PEERS: dict[str, Callable[[Tensor], Contender]] = {
+    "scipy": _scipy,
+    "lapjv": _lapjv,
+    "lapcpp": _lapcpp,
+    **{f"lapx {solver}": partial(_lapx, solver) for solver in _LAPX},
+}
 
 
 # ---- covariance and similarity ----

@@ -43,7 +43,8 @@ def run(
     failures: list[str] = []
     start = time.time()
     for op in ops:
-        for row in importlib.import_module(f".bench_{op}", __package__).rows(quick):
+        module = importlib.import_module(f".bench_{op}", __package__)
+        for row in module.rows(quick):
             try:
                 results.append(run_row(row, limits, budget=2.0 if quick else 6.0))
             except WrongResult as error:
@@ -55,6 +56,9 @@ def run(
                 say(f"FAILED {failures[-1]}")
                 continue
             say(line(results[-1]))
+        for result in module.summaries(results) if hasattr(module, "summaries") else ():
+            results.append(result)
+            say(line(result))
         if keep is not None:  # a run that is cut off leaves the ops that it has finished
             save(keep, results, _about(results, limits, start, quick), failures)
     return results, _about(results, limits, start, quick), failures

@@ -166,6 +166,18 @@ def test_duals_of_a_similar_problem(isa: str) -> None:
     check(moved, mf.assign(moved, duals=tuple(d.float() for d in duals)))
 
 
+@pytest.mark.parametrize("n", [40, 200, 600])
+def test_duals_of_another_problem_are_left_behind(isa: str, n: int) -> None:
+    similarity = make("normal", n, 0)
+    # All rows want the same few columns at these prices.
+    v = torch.linspace(0, 5, n, dtype=torch.float64)
+    started = mf.assign(similarity, duals=(torch.zeros(n, dtype=torch.float64), v))
+    check(similarity, started)
+    alone = mf.assign(similarity)
+    assert torch.equal(started.indices, alone.indices)
+    assert torch.equal(started.duals[1], alone.duals[1])
+
+
 def test_the_result_does_not_depend_on_threads(threads: int) -> None:
     for n, kind in ((200, "low rank"), (1100, "uniform"), (1100, "few values")):
         similarity = make(kind, n, 0)

@@ -100,7 +100,8 @@ Status run(const AssignArgs& a) {
         parallel_each(workers, problems, [&](int64_t problem, int w) {
             if (__atomic_load_n(&status, __ATOMIC_RELAXED) != static_cast<int>(Status::ok)) return;
             // Only the calling thread may ask Python for signals.
-            const Status mine = worker[w].solve(a, problem, w == 0 ? a.poll : Poll{});
+            const Poll poll = w == 0 ? a.poll : Poll{};
+            const Status mine = poll() ? Status::interrupted : worker[w].solve(a, problem, poll);
             if (mine != Status::ok) __atomic_store_n(&status, static_cast<int>(mine), __ATOMIC_RELAXED);
         });
     }

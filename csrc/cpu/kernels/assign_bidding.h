@@ -58,6 +58,7 @@ Status reduce_rows(Market<T>& m, int32_t* displaced) {
 template <class T>
 Status auction(Market<T>& m) {
     const double range = m.largest_range();
+    if (m.stopped()) return Status::interrupted;
     const double n = m.size();
     const int64_t most_steps = 200 * static_cast<int64_t>(m.size());
     for (double extra = range / 8; extra > range / (4 * n * n) && m.free_count > 0; extra /= 5) {

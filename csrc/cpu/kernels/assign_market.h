@@ -31,6 +31,7 @@ class Market {
     // Lists of all rows; not_finite when the matrix holds NaN or an infinity.
     Status make_all_lists(bool priced);
     void remake_list(int i);
+    int rows_without_a_column_of_their_own() const;
     Choice best_of(int i);
     void choose_among_equals(int i, Choice* c) const;
     bool raise(int j, double by);
@@ -186,6 +187,23 @@ inline void Market<T>::fill_list(int i, const ListScratch& scratch, bool* finite
     }
 }
 
+// Rows whose best columns are all wanted by rows before them, as long as all lists are new and nothing is taken.
+template <class T>
+int Market<T>::rows_without_a_column_of_their_own() const {
+    uint8_t* wanted = reinterpret_cast<uint8_t*>(scratch_.r);
+    memset(wanted, 0, static_cast<size_t>(n_));
+    int without = 0;
+    for (int i = 0; i < n_; ++i) {
+        const Entry<T>* e = list(i);
+        int k = 0;
+        while (k < state_[i].count && e[k].key >= e[0].key && wanted[e[k].column] != 0) ++k;
+        const bool found = k < state_[i].count && e[k].key >= e[0].key;
+        if (found) wanted[e[k].column] = 1;
+        without += found ? 0 : 1;
+    }
+    return without;
+}
+
 // A new list at the present prices. Where float32 cannot tell a row's best columns apart, by exact ties mostly, this
 // row is read in float64; where that is common, all are.
 template <class T>
@@ -273,11 +291,12 @@ void Market<T>::take(int i, int j, double s) {
     taken_[i] = s;
 }
 
-// Every column at its largest entry.
+// Every column at its largest entry. Left unfinished when stopped, as the next step will see.
 template <class T>
 void Market<T>::price_columns() {
     for (int j = 0; j < n_; ++j) v_[j] = static_cast<double>(row(0)[j]);
     for (int i = 1; i < n_; ++i) {
+        if (i % 64 == 0 && stopped()) return;
         const T* s = row(i);
         for (int j = 0; j < n_; ++j) {
             const double x = static_cast<double>(s[j]);
@@ -292,6 +311,7 @@ template <class T>
 double Market<T>::largest_range() const {
     double range = 0;
     for (int i = 0; i < n_; ++i) {
+        if (i % 64 == 63 && stopped()) return range;
         const T* s = row(i);
         double low = kFar, high = -kFar;
         for (int j = 0; j < n_; ++j) {

@@ -39,7 +39,7 @@ class SmallStart {
         : m_(state), price_(reinterpret_cast<C*>(state.price)), r_(reinterpret_cast<C*>(state.r)) {}
 
     // Leaves prices in state.v, owners, and the rows that are still free. not_finite: the matrix holds NaN or an
-    // infinity. not_converged: prices left the range of C.
+    // infinity. not_converged: prices left the range of C, or those given are of no help.
     Status from_nothing();
     Status from_prices(const double* start);
 
@@ -139,7 +139,14 @@ void SmallStart<T, C>::bid() {
     for (int round = 0; round < kMostRounds && m_.free_count > kFewFree && !narrow_; ++round) {
         const int count = m_.free_count;
         MUDSC_STAT(stat_steps += count);
-        for (int f = 0; f < count; ++f) best_[f] = best_of<false>(m_.free[f], nullptr);
+        // Of equal columns a row takes an open one that no row before it wants.
+        uint64_t open[kSmallAssignment / 64];
+        for (int w = 0; w * 64 < m_.n; ++w) open[w] = m_.open[w];
+        for (int f = 0; f < count; ++f) {
+            best_[f] = best_of<false>(m_.free[f], nullptr);
+            m_.open[best_[f].column / 64] &= ~(uint64_t{1} << (best_[f].column % 64));
+        }
+        for (int w = 0; w * 64 < m_.n; ++w) m_.open[w] = open[w];
         int taken = 0;
         m_.free_count = 0;
         for (int f = 0; f < count; ++f) {
@@ -209,6 +216,7 @@ Status SmallStart<T, C>::from_prices(const double* start) {
         r_[j] = static_cast<C>(-kFar);
     }
     if (!take_all(false)) return Status::not_finite;
+    if (!worth_starting_from(m_.free_count, n)) return Status::not_converged;
     bid();
     return finish();
 }

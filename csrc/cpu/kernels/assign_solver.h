@@ -42,7 +42,7 @@ class Solver {
     }
 
     // Solves s[i * stride + j]. start: [n] column duals or null. Results: indices, u, v: [n] and *outcome.
-    // not_converged: the duals left the range of float64.
+    // not_converged: the duals left the range of float64, or those given are of no help.
     Status solve(const T* s, int64_t stride, const double* start, Poll poll, int64_t* indices, double* u, double* v,
                  Outcome* outcome) {
         if (is_small_) return small_.solve(s, stride, start, indices, u, v, outcome);
@@ -50,6 +50,10 @@ class Solver {
         market_.begin(s, stride, threads_, poll, start);
         paths_.begin(n);
         Status status = market_.make_all_lists(start != nullptr);
+        if (status == Status::ok && start != nullptr) {
+            const int without = market_.rows_without_a_column_of_their_own();
+            if (!worth_starting_from(without, n)) return Status::not_converged;
+        }
         if (status == Status::ok) status = bid(market_, displaced_);
         MUDSC_STAT(stat_free0 += market_.free_count);
         for (int f = 0; f < market_.free_count && status == Status::ok; ++f) {
@@ -58,6 +62,7 @@ class Solver {
         if (status != Status::ok) return status;
         *outcome = Outcome{};
         for (int i = 0; i < n; ++i) {
+            if (i % 256 == 255 && poll()) return Status::interrupted;
             const int j = market_.column_of(i);
             const double entry = market_.taken(i);
             indices[i] = j;

@@ -1,0 +1,61 @@
+"""Ctrl-C during a long kernel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# Interrupts itself three times, each a little later in a call. What passes until the exception is told in seconds of
+# this process's CPU, of which one thread gets as many as pass on a clock unless other programs keep the machine busy.
+PROGRAM = """
+import os, signal, sys, threading, time, torch, mudsc_fast as mf
+torch.set_num_threads(1)
+g = torch.Generator().manual_seed(0)
+kind = sys.argv[1]
+if kind == "zip":
+    s = torch.rand(6000, 6000, generator=g); s += s.T.clone()
+    call = lambda: mf.zip_units(s)
+elif kind == "assign":
+    i = torch.arange(1, 6001, dtype=torch.float32)
+    s = i[:, None] * i[None, :] + torch.rand(6000, 6000, generator=g)
+    call = lambda: mf.assign(s)
+elif kind == "uniform":
+    s = torch.rand(6000, 6000, generator=g)
+    call = lambda: mf.assign(s)
+elif kind == "batch":
+    s = torch.rand(40000, 24, 24, generator=g)
+    call = lambda: mf.assign(s)
+else:
+    pair = [torch.randn(6000, 40, generator=g) for _ in range(2)]
+    s = pair[0]
+    tiles = mf.SimilarityTiles([pair], None, 1.0)
+    call = lambda: mf.assign_tiled(tiles)
+before = s.clone()
+sent = [0.0]
+def interrupt():
+    sent[0] = time.process_time()
+    os.kill(os.getpid(), signal.SIGINT)
+waits = []
+for delay in (0.02, 0.3, 0.7):
+    timer = threading.Timer(delay, interrupt)
+    timer.start()
+    try:
+        for _ in range(10000):
+            call()
+    except KeyboardInterrupt:
+        waits.append(time.process_time() - sent[0])
+print(len(waits), max(waits), torch.equal(s, before))
+"""
+
+
+@pytest.mark.parametrize("kind", ["zip", "assign", "uniform", "batch", "tiled"])
+def test_ctrl_c_ends_a_long_kernel(kind: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, kind]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    interrupted, longest, unchanged = ran.stdout.split()
+    assert interrupted == "3"
+    assert unchanged == "True"
+    assert float(longest) < 0.2

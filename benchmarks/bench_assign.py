@@ -55,13 +55,16 @@ class _Family:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.before: dict[str, float] = {}  # seconds of each peer's first run at the last size that was run
+        self.before: dict[str, float] = {}  # seconds of each peer's first run at the last size with any
+        self.before_size = 1
         self.now: dict[str, float] = {}
+        self.now_size = 1
 
     def row(self, n: int) -> Row:
-        """One size. Where no peer is run, ours may take what the quickest took at half the size."""
+        """One size. Where no peer is run, ours may take what the quickest took at a smaller size."""
         if self.now:
-            self.before, self.now = self.now, {}
+            self.before, self.before_size, self.now = self.now, self.now_size, {}
+        self.now_size = n
         best = _Best()
         held: dict[str, Tensor] = {}
         why_not = {peer: self._why_not(peer, n) for peer in self.before}
@@ -90,7 +93,7 @@ class _Family:
             against="best",
             rounds=3 if n >= 4096 else 5,
             at_most=min(self.before.values()) if none_runs else None,
-            note="target: what the quickest peer took at half the size" if none_runs else "",
+            note=f"target: what the quickest peer took at {self.before_size}" if none_runs else "",
         )
 
     def _peers(self, similarity: Tensor, why_not: dict[str, str | None]) -> list[Contender]:
@@ -112,11 +115,11 @@ class _Family:
         return timed
 
     def _why_not(self, peer: str, n: int) -> str | None:
-        taken = self.before[peer]
-        if taken * n**3 / (n // 2) ** 3 > LONGEST:
-            return f"not run: {taken:.3g} s at half the size, so perhaps over {LONGEST:g} s"
+        taken, size = self.before[peer], self.before_size
+        if taken * (n / size) ** 3 > LONGEST:
+            return f"not run: {taken:.3g} s at {size}, so perhaps over {LONGEST:g} s"
         if n > LARGEST_FOR_ALL and taken > min(self.before.values()):
-            return f"not run: {taken:.3g} s at half the size, where another peer was quicker"
+            return f"not run: {taken:.3g} s at {size}, where another peer was quicker"
         return None
 
 

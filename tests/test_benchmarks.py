@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import adapters, suite
+from benchmarks import adapters, bench_assign, suite
 from benchmarks.harness import OURS, Contender, Result, Row, WrongResult, growth, run_row, threads_set
 from mudsc_fast.cli.app import cli
 
@@ -88,6 +88,37 @@ def test_every_op_has_rows_that_are_right(op: str) -> None:
     result = run_row(chosen, {"flop": 1e11, "byte": 1e10}, budget=0.1)
     assert result.seconds[OURS] > 0
     assert max(result.errors.values()) <= chosen.tolerance
+
+
+def test_peers_that_would_take_minutes_are_told_apart() -> None:
+    family = bench_assign._Family("related")
+    first = run_row(family.row(16), {}, budget=0.05)
+    assert not first.missing or all("pip install" in why for why in first.missing.values())
+    assert set(family.now) == set(first.ratios)
+    family.now = dict.fromkeys(family.now, 0.002)
+    family.now["scipy"] = bench_assign.LONGEST / 7
+    second = family.row(32)
+    assert second.at_most is None
+    assert second.target == 1.0
+    result = run_row(second, {}, budget=0.05)
+    assert "scipy" not in result.ratios
+    assert result.missing["scipy"].startswith("not run: 1.71 s at 16")
+    family.now = {"scipy": bench_assign.LONGEST, "lapjv": bench_assign.LONGEST / 2}
+    third = family.row(64)
+    assert third.target is None
+    assert third.at_most == bench_assign.LONGEST / 2
+
+
+def test_summary_of_large_assignments() -> None:
+    results = [
+        Result("assign", "uniform", n, 1, seconds={OURS: 1.0}, measured=measured)
+        for n, measured in ((2048, 100.0), (4096, 4.0), (8192, 9.0))
+    ]
+    (mean,) = bench_assign.summaries(results)
+    assert mean.measured == pytest.approx(6.0)
+    assert mean.met is True
+    assert "6.00x" in suite.line(mean)
+    assert not list(bench_assign.summaries(results[:1]))
 
 
 def test_command_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,45 @@ def align_tensor(spec: PermutationSpec, labels: Mapping[str, Tensor], name: str,
     return x
 
 
+def align_block(
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    name: str,
+    shape: Sequence[int],
+    block: Sequence[tuple[int, int]],
+    rows: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """A part of the tensor `name` of one model, aligned by its (width,) labels, without reading all of the tensor.
+
+    shape: of the tensor. block: the range of each of its dims that the part has. rows: gives rows of dim 0 (int64).
+    """
+    maps = axis_labels(spec, name, shape, labels) if name in spec.entries else []
+    # Dims that a map flattens go together; dim 0 comes first, since it says which rows are read.
+    groups = [axis.dims for axis in maps]
+    groups += [(d,) for d in range(len(shape)) if not any(d in axis.dims for axis in maps)]
+    x: Tensor | None = None
+    for dims in sorted(groups, key=lambda dims: 0 not in dims):
+        sizes = [shape[d] for d in dims]
+        places = torch.arange(math.prod(sizes))
+        moved = next((axis.labels for axis in maps if axis.dims == dims), None)
+        if moved is not None:
+            places = torch.argsort(moved)
+        places = places.reshape(sizes)[tuple(slice(*block[d]) for d in dims)].flatten()
+        if x is None:
+            # Only the rows that the block is made of are read, and counted among themselves.
+            at = list(torch.unravel_index(places, sizes))
+            wanted, at[dims.index(0)] = torch.unique(at[dims.index(0)], return_inverse=True)
+            x = rows(wanted)
+            sizes[dims.index(0)] = len(wanted)
+            places = torch.zeros_like(places)
+            for size, coordinate in zip(sizes, at, strict=True):
+                places = places * size + coordinate
+        front = tuple(range(len(dims)))
+        flat = x.movedim(dims, front).flatten(0, len(dims) - 1)[places]
+        x = flat.reshape(*[block[d][1] - block[d][0] for d in dims], *flat.shape[1:]).movedim(front, dims)
+    return rows(torch.arange(0)) if x is None else x
+
+
 class _Rows(NamedTuple):
     """Some merged rows, how many, and what each model reads for them."""
 

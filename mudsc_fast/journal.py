@@ -47,6 +47,13 @@ class Journal:
         else:
             check_same(path, ways, "journal")
 
+    def holds_next(self) -> bool:
+        """Whether the next visit was recorded earlier."""
+        return self._path().exists()
+
+    def _path(self) -> Path:
+        return self.folder / f"{self._next:06d}.safetensors"
+
     def visit(
         self, spaces: Sequence[str], duals: Duals, compute: Callable[[], list[Match]], make: Callable[..., Match]
     ) -> list[Match]:
@@ -54,7 +61,7 @@ class Journal:
 
         duals: by space, where the next search of each starts; set to what it was after this visit.
         """
-        path = self.folder / f"{self._next:06d}.safetensors"
+        path = self._path()
         self._next += 1
         if not path.exists():
             found = compute()

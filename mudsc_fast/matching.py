@@ -296,10 +296,17 @@ class _Descent:
     def _rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None) -> list[Match]:
         if self.journal is None:
             return self.matcher.rematch(tie, current, balance)
-        names = [space.name for space in tie]
-        return self.journal.visit(
-            names, self.matcher.duals, lambda: self.matcher.rematch(tie, current, balance), make=Match
-        )
+        names, journal = [space.name for space in tie], self.journal
+        work: Callable[[], list[Match]] = lambda: self.matcher.rematch(tie, current, balance)  # noqa: E731
+        if balance is not None or self.world is None or self.matcher.together.isdisjoint(names):
+            return journal.visit(names, self.matcher.duals, work, make=Match)
+        # All processes add up such a visit, or none: the first one's journal says which, and keeps it.
+        if self.world.first(journal.holds_next):
+            return self.world.first(lambda: journal.visit(names, self.matcher.duals, work, make=Match))
+        found = work()
+        if self.world.rank == 0:
+            journal.visit(names, self.matcher.duals, lambda: found, make=Match)
+        return found
 
     def _digest(self, name: str) -> bytes | None:
         """A short name of a space's current labels; None while it is unmatched."""

@@ -6,8 +6,10 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ from mudsc_fast.calibration import KIND, calibrate
 from mudsc_fast.checkpoints import CheckpointWriter, TensorInfo
 from mudsc_fast.checkpoints.reading import SafetensorsFile
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.distributed import World, world_of
 from mudsc_fast.progress import Progress
 from mudsc_fast.records import KEY, PathLike
 from mudsc_fast.workplan import MARGIN, accumulator_bytes, in_words, resident_bytes
@@ -94,24 +97,39 @@ def calibrate_to_file(
     scope: str = "full",
     device: torch.device | str | None = None,
     progress: Progress = False,
+    group: Any = None,
 ) -> tuple[int, int]:
     """Record the statistics that ``calibrate`` gives straight into a file, within `max_memory` bytes.
 
     Spaces whose statistics do not fit together beside the models are recorded in groups, one pass over the batches
-    each; `batches` is read once a group. Other arguments as in ``calibrate``.
+    each; `batches` is read once a group. Other arguments as in ``calibrate``; of several processes the one with the
+    least memory left says which spaces go together, each pass is shared among them, and the first one writes.
 
     Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if one space does not fit.
     """
-    groups = groups_of(spec, len(models), scope, max_memory - resident_bytes() - MARGIN)
+    world = world_of(group)
+    room = max_memory - resident_bytes() - MARGIN
+    if world is not None:
+        room = min(world.exchange(lambda: room))
+    groups = groups_of(spec, len(models), scope, room)
     target = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        parts = []
-        for k, group in enumerate(groups):
-            part = Path(folder) / f"{k}.safetensors"
-            calibrate(models, batches, only_taps_of(spec, group), scope, device, progress=progress).save(part)
-            parts.append(part)
-        join_stats(parts, target, [space.name for space in spec.spaces])
+    with ExitStack() as stack:
+        first, parts = world is None or world.rank == 0, []
+        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) if first else None
+        place = Path(stack.enter_context(folder)) if folder is not None else Path()
+        for k, spaces in enumerate(groups):
+            parts.append(place / f"{k}.safetensors")
+            stats = calibrate(
+                models, batches, only_taps_of(spec, spaces), scope, device, progress=progress, group=world
+            )
+            _by_first(world, partial(stats.save, parts[-1]))
+            del stats
+        _by_first(world, partial(join_stats, parts, target, [space.name for space in spec.spaces]))
     return sum(map(len, groups)), len(groups)
+
+
+def _by_first(world: World | None, work: Callable[[], None]) -> None:
+    work() if world is None else world.first(work)
 
 
 def join_stats(parts: Sequence[PathLike], path: PathLike, order: Sequence[str]) -> None:

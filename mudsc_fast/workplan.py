@@ -210,6 +210,12 @@ def plan_work(
     return WorkPlan(tuple(steps), base, piece, memory, models * size, size if output is None else output)
 
 
+def least_memory(spec: PermutationSpec, layout: Mapping[str, Info], models: int, balance: float = 1.0) -> int:
+    """The smallest `max_memory` with which an alignment's spaces can be matched, in bytes; arguments: `plan_work`."""
+    least = [_step(spec, tie, layout, models, "align", balance, 0)[1] for tie in _ties(spec)]
+    return resident_bytes() + MARGIN + max(least, default=0)
+
+
 def _step(
     spec: PermutationSpec,
     tie: Sequence[Space],

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mudsc_fast as mf
-from mudsc_fast import cli
+from mudsc_fast import cli, stats_files
 from mudsc_fast.checkpoints import CheckpointWriter
 from mudsc_fast.checkpoints.writing import layout_of
 from mudsc_fast.distributed import World, world_of
@@ -133,14 +134,55 @@ def command_line(folder: Path) -> None:
         [*calibrate, "--inputs", str(folder.parent / "inputs.npy"), "-o", stats],
         [*merge, "--max-shard-size", "3KB", "-o", out],
     ):
-        code = cli.main(arguments)
-        if code:
-            raise RuntimeError(f"{arguments[0]} gave {code}")
+        call(arguments)
+
+
+def resumable(what: str, folder: Path) -> None:
+    """Commands with --resume: whole, cut off where rank 1 dies, or gone on with; statistics in two passes."""
+    spec = str(folder.parent / "spec.json")
+    given = [str(folder.parent / f"{name}.safetensors") for name in "ab"]
+    stats, out = str(folder / "stats.safetensors"), str(folder / "out")
+    done = {"visits": 0, "tensors": 0}
+    rematch, write = Matcher.rematch, CheckpointWriter.write
+
+    def counted_rematch(self: Matcher, *given: Any) -> Any:
+        if what == "cut-matching" and os.environ["RANK"] == "1" and done["visits"] == 5:
+            os._exit(9)
+        done["visits"] += 1
+        return rematch(self, *given)
+
+    def counted_write(self: CheckpointWriter, name: str, tensor: Tensor) -> None:
+        if what == "cut-writing" and os.environ["RANK"] == "1" and done["tensors"] == 8:
+            os._exit(9)
+        done["tensors"] += 1
+        write(self, name, tensor)
+
+    Matcher.rematch = counted_rematch  # type: ignore[method-assign]
+    CheckpointWriter.write = counted_write  # type: ignore[method-assign]
+    if what != "go-on":
+        stats_files.groups_of = lambda spec, *_: [[s.name for s in spec.spaces][k::2] for k in (0, 1)]  # type: ignore[assignment]
+        calibrate = ["calibrate", *given, "--model", "distributed_worker:Net", "--spec", spec, "--batch-size", "3"]
+        inputs = str(folder.parent / "inputs.npy")
+        call([*calibrate, "--inputs", inputs, "-o", stats, "--max-memory", "20GB"])
+    done["visits"] = done["tensors"] = 0
+    merge = ["merge", *given, "--spec", spec, "--stats", stats, "--split-hubs", "--resume"]
+    call([*merge, "--max-shard-size", "1KB", "-o", out])
+    sys.stdout.write(f"visits {done['visits']} tensors {done['tensors']}\n")
+    sys.stdout.flush()
+
+
+def call(arguments: list[str]) -> None:
+    code = cli.main(arguments)
+    if code:
+        raise RuntimeError(f"{arguments[0]} gave {code}")
 
 
 def rank_main(what: str, folder: Path) -> None:
     if what == "cli":
         command_line(folder)
+        return
+    if what == "whole" or what.startswith(("cut", "go-on")):
+        resumable(what, folder)
         return
     dist.init_process_group("gloo")
     world = world_of(True)
@@ -158,7 +200,7 @@ def forked(rank: int, what: str, folder: Path) -> int:
         return child
     code = 1
     try:
-        said = os.open(f"{folder}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+        said = os.open(f"{folder}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
         os.environ["RANK"] = str(rank)
@@ -182,12 +224,14 @@ def main() -> None:
         what, _, ranks = run.partition(":")
         folder = root / run
         folder.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ |= {"MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": ranks}
         began = time.monotonic()
-        children = [forked(rank, what, folder) for rank in range(int(ranks))]
-        found = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        found = []
+        for part in (what, "go-on") if what.startswith("cut") else (what,):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                os.environ |= {"MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": ranks}
+            children = [forked(rank, part, folder) for rank in range(int(ranks))]
+            found += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         codes[run] = {"codes": found, "seconds": time.monotonic() - began}
     (root / "codes.json").write_text(json.dumps(codes))
 

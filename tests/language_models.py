@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from mudsc_fast import PermutationSpec
 
 KINDS = ("Llama", "Qwen3", "Mistral")
+# Mixtures, whose files keep every expert in tensors of its own.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 20, "num_experts_per_tok": 2},
+}
 VOCABULARY = 48
 
 
@@ -32,7 +37,7 @@ def network(kind: str, seed: int, **changes: Any) -> nn.Module:
         "eos_token_id": 1,
         "tie_word_embeddings": kind == "Qwen3",
     }
-    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **EXPERTS.get(kind, {}), **changes})
     torch.manual_seed(seed)
     model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():

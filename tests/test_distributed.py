@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from mudsc_fast.distributed import levels, owners
 WORKER = Path(__file__).parent / "distributed_worker.py"
 MERGES = ("merge:1", "merge:2", "merge:4")
 COMMANDS = ("cli:1", "cli:2")
+RESUMED = ("cut-matching:2", "cut-writing:2")
 BROKEN = ("die-matching:3", "die-writing:2", "fail-match:2", "fail-write:3")
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available() or not hasattr(os, "fork"),
@@ -33,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = mf.PermutationSpec.trace(Net(), (torch.randn(2, 7, 6),))
     (root / "spec.json").write_text(spec.to_json())
     paths = [str(WORKER.parent.parent), str(WORKER.parent.parent / "examples")]
-    command = [sys.executable, str(WORKER), str(root), *MERGES, *COMMANDS, *BROKEN]
+    command = [sys.executable, str(WORKER), str(root), *MERGES, *COMMANDS, "whole:2", *RESUMED, *BROKEN]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, timeout=300, capture_output=True, text=True
     )
@@ -47,7 +49,7 @@ def codes(runs: Path, run: str) -> list[int]:
 
 
 def said(runs: Path, run: str) -> list[str]:
-    return [(runs / f"{run}-{rank}.txt").read_text() for rank in range(len(codes(runs, run)))]
+    return [(runs / f"{run}-{rank}.txt").read_text() for rank in range(int(run[-1]))]
 
 
 @pytest.mark.parametrize("run", [*MERGES, *COMMANDS])
@@ -85,6 +87,38 @@ def test_the_command_writes_once_and_the_same(runs: Path) -> None:
         assert (folder / "out" / name).read_bytes() == (alone / "out" / name).read_bytes(), name
     assert "merged 2 checkpoints" in said(runs, "cli:2")[0]
     assert said(runs, "cli:2")[1] == ""
+
+
+@pytest.mark.parametrize("run", RESUMED)
+def test_a_killed_run_goes_on_to_the_same_files(run: str, runs: Path) -> None:
+    first, second = codes(runs, run)[:2], codes(runs, run)[2:]
+    assert first == [1, 9], "\n".join(said(runs, run))
+    assert second == [0, 0], "\n".join(said(runs, run))
+    whole, folder = runs / "whole:2", runs / run
+    written = sorted(p.name for p in (folder / "out").iterdir())
+    assert written == sorted(p.name for p in (whole / "out").iterdir())
+    assert len(written) > 4
+    for name in written:
+        assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes(), name
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
+    # Work that was finished is not done again: what each rank computed, in a whole run and in the second part.
+    visits, tensors = (
+        [[int(n) for n in re.findall(rf"{what} (\d+)", text)][-1] for text in said(runs, run)]
+        for what in ("visits", "tensors")
+    )
+    in_whole = [int(re.findall(r"visits (\d+)", text)[-1]) for text in said(runs, "whole:2")]
+    assert all(now < before for now, before in zip(visits, in_whole, strict=True))
+    if run == "cut-writing:2":
+        assert visits == [0, 0]
+        assert sum(tensors) < sum(int(re.findall(r"tensors (\d+)", t)[-1]) for t in said(runs, "whole:2"))
+
+
+def test_calibrating_in_groups_gives_the_statistics_of_one_pass(runs: Path) -> None:
+    alone, grouped = (mf.ActivationStats.load(runs / name / "stats.safetensors") for name in ("cli:1", "whole:2"))
+    assert alone.keys() == grouped.keys()
+    assert "in 2 passes" in said(runs, "whole:2")[0]
+    for space in alone:
+        assert torch.allclose(alone[space].correlation(), grouped[space].correlation(), atol=1e-6), space
 
 
 @pytest.mark.parametrize("run", BROKEN[:2])

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mudsc_fast.adapters.frugal import frugal_match
 from mudsc_fast.adapters.pretrained import OnDisk, on_disk, restricted
-from mudsc_fast.averaging import align_tensor
+from mudsc_fast.averaging import align_block, align_tensor
 from mudsc_fast.calibration import ActivationStats, calibrate
-from mudsc_fast.checkpoints import Checkpoint, open_checkpoint
+from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint, open_checkpoint
 from mudsc_fast.configuration.mergekit import MudscSection
-from mudsc_fast.matching import match
 from mudsc_fast.spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 # Tokenizers of one family may name a few reserved tokens differently; past this share they are different tokenizers.
 _TOKENS_APART = 0.01
 
-_WIDTH_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+_WIDTH_KEYS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+    "num_local_experts", "num_experts", "moe_intermediate_size",
+)  # fmt: skip
 
 
 def need_mergekit() -> str:
@@ -54,12 +57,16 @@ def need_mergekit() -> str:
 
 @dataclass(frozen=True)
 class Matched:
-    """A model's match with the reference: the spec by the model's own tensor names, its labels, their mean value."""
+    """A model's match with the reference: the spec by the model's own tensor names, its labels, their mean value.
+
+    stacked: the checkpoint by the spec's names, where these are the network's and not those on disk.
+    """
 
     model: ModelReference
     spec: PermutationSpec
     labels: dict[str, Tensor]
     value: float
+    stacked: StackedCheckpoint | None = None
 
 
 class AlignedLoader:
@@ -82,11 +89,32 @@ class AlignedLoader:
     ) -> Tensor | None:
         there = self.index.tensor_paths
         name = next((name for name in (key, *(aliases or ())) if name in there), key)
+        if self._matched.stacked is not None and name in there:
+            return _stored_part(self._matched, self._matched.stacked, name).to(device)
         tensor = self._loader.get_tensor(name, device=device, raise_on_missing=raise_on_missing)
         return None if tensor is None else align_tensor(self._matched.spec, self._matched.labels, name, tensor)
 
     def flush(self) -> None:
         self._loader.flush()
+
+
+def _stored_part(matched: Matched, whole: StackedCheckpoint, name: str) -> Tensor:
+    """One tensor on disk of a model whose network stacks several; experts that changed places are read there."""
+    found = whole.block_of(name)
+    if found is None:
+        return whole.checkpoint[name]
+    owner, block = found
+    if not block.ranges:
+        return whole.checkpoint[name]
+    part = align_block(
+        matched.spec,
+        matched.labels,
+        owner,
+        whole.layout[owner].shape,
+        block.ranges,
+        lambda rows: whole.rows(owner, rows),
+    )
+    return part.reshape(whole.checkpoint.layout[name].shape).contiguous()
 
 
 def models_of(config: MergeConfiguration) -> list[ModelReference]:
@@ -204,21 +232,22 @@ def _match_all(
         stats = None
         if section.calibration is not None and section.used_balance < 1:
             stats = _calibrated(base, source, spec, section, options)
-        plan = match(
-            _comparable(base, source, prepared.network),
+        states = _comparable(base, source, prepared.network)
+        plan = frugal_match(
+            states,
             spec,
             stats,
-            "align",
-            balance=section.used_balance,
-            seed=section.seed,
-            max_sweeps=section.max_sweeps,
+            section.used_balance,
+            section.seed,
+            section.max_sweeps,
             progress=not options.quiet,
             device=options.device,
         )
         value = sum(plan.values.values()) / max(1, len(plan.values))
         say(f"matched {source.model} to {base.model}: {len(plan.labels)} spaces with a mean match of {value:.3f}")
         labels = {name: rows[1] for name, rows in plan.labels.items()}
-        found.append(Matched(source.model, own, labels, value))
+        stacked = source.checkpoint if isinstance(source.checkpoint, StackedCheckpoint) else None
+        found.append(Matched(source.model, own, labels, value, stacked))
     return found
 
 
@@ -250,8 +279,9 @@ class _Source:
             self.config: Any = merged.config(trust_remote_code=options.trust_remote_code)
         except Exception as error:
             raise ValueError(f"model {model}: cannot be opened: {error}") from error
+        self.checkpoint: Checkpoint | StackedCheckpoint
         # Of pickles only plain tensors are read (weights_only), which mergekit does without asking.
-        self.checkpoint: Checkpoint = open_checkpoint(self.folder, allow_torch_load=True)
+        self.checkpoint = open_checkpoint(self.folder, allow_torch_load=True)
 
     def check_against(self, base: _Source, aligns_vocabulary: bool) -> None:
         """ValueError, naming the model and what differs, if its units cannot correspond to those of the base."""
@@ -279,8 +309,10 @@ class _Source:
             )
 
     def named(self, network: OnDisk) -> PermutationSpec:
-        """The network's spec by this checkpoint's names."""
+        """The network's spec by this checkpoint's names; a checkpoint with other tensors is seen as the network's."""
         try:
+            if isinstance(self.checkpoint, Checkpoint):
+                self.checkpoint = network.seen_in(self.checkpoint)
             spec = network.spec_of(self.checkpoint)
             spec.check({name: info.shape for name, info in self.checkpoint.layout.items()})
         except ValueError as error:

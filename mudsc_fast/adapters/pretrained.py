@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint
+from mudsc_fast.checkpoints.stacked import Blocks, blocks_of, scaled
 from mudsc_fast.spec import Axis, PermutationSpec
 from mudsc_fast.specs import spec_for
 
@@ -73,6 +76,7 @@ class OnDisk:
 
     def __init__(self, network: nn.Module) -> None:
         self.spec = network_spec(network)
+        self._network = network
         self._state = list(network.state_dict())
         self._prefix = str(getattr(network, "base_model_prefix", ""))
         groups: dict[int, list[str]] = {}
@@ -104,6 +108,13 @@ class OnDisk:
             spaces.append(replace(space, axes=tuple(axes)))
         return PermutationSpec(tuple(spaces))
 
+    def seen_in(self, checkpoint: Checkpoint) -> Checkpoint | StackedCheckpoint:
+        """The checkpoint by the network's names, if it stores one by one what the network stacks; else itself."""
+        if all(name in checkpoint for name in self._state if len(self._tied[name]) == 1):
+            return checkpoint
+        found = stacked_as(self._network, [checkpoint])
+        return checkpoint if found is None else found[0]
+
     def is_vocabulary(self, name: str) -> bool:
         """Whether this tensor has a row for each token."""
         return self._bare(name) in self._vocabulary
@@ -133,3 +144,48 @@ def restricted(spec: PermutationSpec, other: Iterable[str]) -> PermutationSpec:
     return PermutationSpec(
         tuple(replace(space, axes=tuple(a for a in space.axes if a.tensor in there)) for space in spec.spaces)
     )
+
+
+def stacked_as(network: nn.Module, checkpoints: Sequence[Checkpoint]) -> list[StackedCheckpoint] | None:
+    """The checkpoints by the network's names, where transformers stacks what their files hold one by one.
+
+    None if the tensors do not correspond to the network's in a known way; ValueError if the shapes do not.
+    """
+    first = checkpoints[0]
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        blocks = dict(blocks_on_disk(network))
+    except Exception:  # noqa: BLE001 (not a public function of transformers: whatever it raises, it does not tell)
+        return None
+    for name in [n for n, parts in blocks.items() if not any(part.name in first for part in parts)]:
+        if any(twin in blocks for twin in twins(network, name)):
+            del blocks[name]
+    if {part.name for parts in blocks.values() for part in parts} != set(first):
+        return None
+    return [StackedCheckpoint(checkpoint, blocks, shapes) for checkpoint in checkpoints]
+
+
+def blocks_on_disk(network: nn.Module) -> Blocks:
+    """Which part of which tensor of the network each tensor on disk is; small stand-ins go through the conversion."""
+    loading: Any = importlib.import_module("transformers.core_model_loading")
+    large = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    small = {name: tuple(_smaller(size) for size in shape) for name, shape in large.items()}
+    starts, numbered, start = {}, {}, 0
+    for name, shape in small.items():
+        count = torch.Size(shape).numel()
+        starts[name], numbered[name] = start, torch.arange(start, start + count).reshape(shape)
+        start += count
+    return scaled(blocks_of(loading.revert_weight_conversion(network, numbered), small, starts), small, large)
+
+
+def twins(network: nn.Module, name: str) -> list[str]:
+    """The other names of a tied tensor."""
+    state = network.state_dict(keep_vars=True)
+    return [other for other, tensor in state.items() if other != name and tensor is state[name]]
+
+
+def _smaller(size: int) -> int:
+    """A divisor of the size that is small but can be halved as often, for equal parts."""
+    while size > 128 and size % 2 == 0:
+        size //= 2
+    return size

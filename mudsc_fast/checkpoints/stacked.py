@@ -50,6 +50,7 @@ class StackedCheckpoint(Mapping[str, Tensor]):
         self.files, self.folder, self.metadata = checkpoint.files, checkpoint.folder, checkpoint.metadata
         on_disk = checkpoint.layout
         self.layout: dict[str, TensorInfo] = {}
+        self._owners: dict[str, tuple[str, Block]] = {}
         for name, parts in self._blocks.items():
             for part in parts:
                 if part.name not in on_disk:
@@ -115,6 +116,12 @@ class StackedCheckpoint(Mapping[str, Tensor]):
         stored = self.checkpoint.layout
         names = {part.name: info for name, info in layout.items() for part in self._blocks[name]}
         return {name: TensorInfo(info.shape, names[name].dtype) for name, info in stored.items() if name in names}
+
+    def block_of(self, on_disk: str) -> tuple[str, Block] | None:
+        """The network's tensor that a tensor on disk belongs to, and its block there."""
+        if not self._owners:
+            self._owners = {part.name: (name, part) for name, parts in self._blocks.items() for part in parts}
+        return self._owners.get(on_disk)
 
     def stored(self, name: str) -> list[str]:
         """The tensors on disk that make up one of the network's."""

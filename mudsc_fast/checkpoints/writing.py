@@ -94,9 +94,8 @@ class CheckpointWriter:
     keep: a folder for the unfinished output, which then outlives a failure. A writer of the same arguments that finds
         it there goes on: `own` has the names of the tensors that are not in a finished shard yet. The caller answers
         for the arguments being the same, and removes the folder at the end.
-    world: the processes that write together, each with a writer of the same arguments, without `keep`: shards are dealt
-        out to them, `own` has the names of this process's tensors, and the output appears once all are written, or not
-        at all.
+    world: the processes that write together, each with a writer of the same arguments: shards are dealt out to them,
+        `own` has the names of this process's tensors, and the output appears once all are written, or not at all.
 
     Raises what ``check_output`` raises, ValueError for tensors outside the layout, and OSError with the path for a full
     or read-only disk; the free space is checked before the first byte.
@@ -119,8 +118,6 @@ class CheckpointWriter:
     ) -> None:
         if not layout:
             raise ValueError("layout: expected at least one tensor, got none")
-        if keep is not None and world is not None:
-            raise ValueError("keep: an output of several processes cannot be gone on with")
         self._world = world
         self.path = check_output(path, inputs, overwrite)
         self.layout = dict(layout)
@@ -136,7 +133,7 @@ class CheckpointWriter:
         self._temporary = (
             keep / "output" if keep else self.path.parent / f".{self.path.name}.{secrets.token_hex(4)}.tmp"
         )
-        done = self._found()
+        done = self._found() if world is None else world.first(self._found)
         self._mine = [i for i, shard in enumerate(self.shards) if shard.filename not in done]
         if world is not None:
             self._mine = world.own(self._mine)
@@ -147,9 +144,9 @@ class CheckpointWriter:
 
     def _found(self) -> list[str]:
         """Shards that stand finished in `keep`; single files are written anew."""
-        if self._keep is None or self.is_file or not (self._keep / _DONE).is_file():
+        if self._keep is None or self.is_file:
             return []
-        done = set((self._keep / _DONE).read_text(encoding="utf-8").split())
+        done = {name for path in self._keep.glob(f"{_DONE}*") for name in path.read_text(encoding="utf-8").split()}
         files = {shard.filename: self._temporary / shard.filename for shard in self.shards}
         sizes = {shard.filename: shard.nbytes for shard in self.shards}
         return [n for n, f in files.items() if n in done and f.is_file() and f.stat().st_size == sizes[n]]
@@ -227,7 +224,9 @@ class CheckpointWriter:
         file = self._files.pop(index)
         os.fsync(file.fileno())
         file.close()
-        with open(keep / _DONE, "a", encoding="utf-8") as done:
+        # A list for each process: network file systems do not append for two of them at once.
+        own = _DONE if self._world is None else f"{_DONE}.{self._world.rank}"
+        with open(keep / own, "a", encoding="utf-8") as done:
             done.write(self.shards[index].filename + "\n")
             done.flush()
             os.fsync(done.fileno())

@@ -128,10 +128,8 @@ def calibrate(
         spec = find_spec(opened[0], spec_from, heads, groups)
     limit = work.limit_of(max_memory)
     if limit is not None:
-        if world is not None:
-            raise ValueError("--max-memory: several processes hold all statistics each; run one, or leave it out")
         spaces, passes = calibrate_to_file(
-            models, batches, spec, output, limit, scope, where, progress=not settings.quiet
+            models, batches, spec, output, limit, scope, where, progress=not settings.quiet, group=world
         )
         settings.say(
             f"calibrated {len(models)} checkpoints on {batches.rows} rows in {passes} passes: {spaces} of "

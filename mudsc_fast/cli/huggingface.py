@@ -98,19 +98,21 @@ def names_on_disk(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, 
     transformers 5 renames tensors between disk and network; those it splits and stacks have no one name (see
     ``stacked``). A tied tensor that is stored once has one name on disk for all of its names.
     """
+    from mudsc_fast.adapters.pretrained import blocks_on_disk, twins
+
     tied = tied_names(model, checkpoint)
     state = [name for name in model.state_dict() if name not in tied]
     if set(state) == set(checkpoint):
         return {**{name: name for name in state}, **tied}
     try:
-        blocks = _blocks(model)
+        blocks = blocks_on_disk(model)
     except Exception:  # noqa: BLE001 (not a public function of transformers: whatever it raises, it does not tell)
         return None
     found = {name: parts[0].name for name, parts in blocks.items() if len(parts) == 1}
     once = {name: disk for name, disk in found.items() if disk in checkpoint}
     for name, disk in found.items():
         if disk not in checkpoint:
-            twin = next((t for t in _twins(model, name) if t in once), None)
+            twin = next((t for t in twins(model, name) if t in once), None)
             if twin is None:
                 return None
             once[name] = once[twin]
@@ -122,6 +124,8 @@ def stacked(checkpoints: Sequence[Checkpoint]) -> list[StackedCheckpoint] | None
 
     ValueError if tensors on disk and in the network correspond in a way that is not known here.
     """
+    from mudsc_fast.adapters.pretrained import stacked_as
+
     first = checkpoints[0]
     if not has_config(first):
         return None
@@ -131,49 +135,7 @@ def stacked(checkpoints: Sequence[Checkpoint]) -> list[StackedCheckpoint] | None
         return None
     if names_on_disk(model, first) is not None:
         return None
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    try:
-        blocks = dict(_blocks(model))
-    except Exception:  # noqa: BLE001 (as in names_on_disk)
-        return None
-    for name in [n for n, parts in blocks.items() if not any(part.name in first for part in parts)]:
-        if any(twin in blocks for twin in _twins(model, name)):
-            del blocks[name]
-    if {part.name for parts in blocks.values() for part in parts} != set(first):
-        return None
-    from mudsc_fast.checkpoints import StackedCheckpoint
-
-    return [StackedCheckpoint(checkpoint, blocks, shapes) for checkpoint in checkpoints]
-
-
-def _twins(model: nn.Module, name: str) -> list[str]:
-    """The other names of a tied tensor."""
-    state = model.state_dict(keep_vars=True)
-    return [other for other, tensor in state.items() if other != name and tensor is state[name]]
-
-
-def _blocks(model: nn.Module) -> Any:
-    """Which part of which tensor of the network each tensor on disk is; small stand-ins go through the conversion."""
-    import torch
-
-    from mudsc_fast.checkpoints.stacked import blocks_of, scaled
-
-    loading: Any = importlib.import_module("transformers.core_model_loading")
-    large = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    small = {name: tuple(_smaller(size) for size in shape) for name, shape in large.items()}
-    starts, numbered, start = {}, {}, 0
-    for name, shape in small.items():
-        count = torch.Size(shape).numel()
-        starts[name], numbered[name] = start, torch.arange(start, start + count).reshape(shape)
-        start += count
-    return scaled(blocks_of(loading.revert_weight_conversion(model, numbered), small, starts), small, large)
-
-
-def _smaller(size: int) -> int:
-    """A divisor of the size that is small but can be halved as often, for equal parts."""
-    while size > 128 and size % 2 == 0:
-        size //= 2
-    return size
+    return stacked_as(model, checkpoints)
 
 
 def _builder(checkpoint: AnyFolder) -> Any:

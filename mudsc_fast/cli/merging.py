@@ -340,8 +340,6 @@ def _prepare(request: Request, device: torch.device, world: World | None) -> Job
     from mudsc_fast.spec import PermutationSpec
     from mudsc_fast.workplan import plan_work
 
-    if world is not None and request.resume:
-        raise ValueError("--resume: several processes keep no work to go on from; run one, or leave --resume out")
     limit = work.limit_of(request.max_memory)
     opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
     states: States = opened
@@ -375,7 +373,8 @@ def _prepare(request: Request, device: torch.device, world: World | None) -> Job
         not in ("checkpoints", "output", "resume", "dry_run", "max_memory", "force", "save_plan", "record", "verify")
     }
     inputs = work.files_of([*files, request.stats, request.plan_from])
-    kept = work.Resumption(request.resume and not request.dry_run, request.output, {"inputs": inputs, **options_given})
+    about = {"inputs": inputs, "processes": 1 if world is None else world.size, **options_given}
+    kept = work.Resumption(request.resume and not request.dry_run, request.output, about, world)
     return Job(request, device, states, spec, given, limit, plan, kept, world)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mudsc_fast.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mudsc_fast.distributed import World
     from mudsc_fast.workplan import Step, WorkPlan
 
 max_memory = click.option(
@@ -50,36 +52,46 @@ class Resumption:
     """The folder in which a run with --resume keeps what is finished; nothing without --resume.
 
     output: of the run. about: all that decides the result, as plain values; ValueError, naming what differs, if the
-    folder holds the work of another run.
+    folder holds the work of another run. world: the processes that run together; the first one compares and decides.
     """
 
-    def __init__(self, wanted: bool, output: Path, about: Mapping[str, Any]) -> None:
-        from mudsc_fast.journal import check_same
-
+    def __init__(self, wanted: bool, output: Path, about: Mapping[str, Any], world: World | None = None) -> None:
         place = output.resolve()
         folder = place.parent / f".{place.name}.resume"
         self.folder = folder if wanted else None
+        self._rank = None if world is None else world.rank
         if not wanted:
             if folder.is_dir():
                 options.settings().say(f"note: {folder} holds an unfinished run; --resume goes on from it")
             return
-        going_on = folder.is_dir()
-        folder.mkdir(exist_ok=True)
-        check_same(folder / "run.json", about, "--resume")
+        begin = partial(_begin, folder, about)
+        going_on = begin() if world is None else world.first(begin)
         options.settings().kept = folder
         if going_on:
             options.settings().say(f"going on from {folder}")
 
     @property
     def journal(self) -> Path | None:
-        """Where the match keeps its visits."""
-        return None if self.folder is None else self.folder / "visits"
+        """Where the match keeps this process's visits."""
+        if self.folder is None:
+            return None
+        return self.folder / ("visits" if self._rank is None else f"visits-{self._rank}")
 
     def finish(self) -> None:
         """The output is written: nothing is needed any more."""
         options.settings().kept = None
-        if self.folder is not None:
+        if self.folder is not None and not self._rank:
             shutil.rmtree(self.folder)
+
+
+def _begin(folder: Path, about: Mapping[str, Any]) -> bool:
+    """Make the folder or check that it holds the same run; whether there was one."""
+    from mudsc_fast.journal import check_same
+
+    going_on = folder.is_dir()
+    folder.mkdir(exist_ok=True)
+    check_same(folder / "run.json", about, "--resume")
+    return going_on
 
 
 def files_of(paths: Iterable[Path | None]) -> list[list[Any]]:

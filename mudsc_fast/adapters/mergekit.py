@@ -278,7 +278,10 @@ class _Source:
             self.folder = Path(merged.local_path(cache_dir=options.transformers_cache))
             self.config: Any = merged.config(trust_remote_code=options.trust_remote_code)
         except Exception as error:
-            raise ValueError(f"model {model}: cannot be opened: {error}") from error
+            hint = "" if Path(model.model.path).exists() else ": no folder here, and not to be had from the hub"
+            if model.lora is not None and options.lora_merge_cache is None:
+                hint = ": --lora-merge-cache FOLDER says where models go that their adapter was merged into"
+            raise ValueError(f"model {model}: cannot be opened: {error}{hint}") from error
         self.checkpoint: Checkpoint | StackedCheckpoint
         # Of pickles only plain tensors are read (weights_only), which mergekit does without asking.
         self.checkpoint = open_checkpoint(self.folder, allow_torch_load=True)

@@ -41,7 +41,7 @@ class _Best:
 
 
 def _taken(similarity: Tensor, indices: Tensor) -> float:
-    return float(similarity.double().gather(-1, indices[..., None]).mean())
+    return float(similarity.gather(-1, indices[..., None]).double().mean())
 
 
 def _read(result: mf.Assignment) -> mf.Assignment:

@@ -370,7 +370,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rows", default="", help="only rows whose name begins like this")
+    parser.add_argument("--rows", default="", help="only rows whose name begins like this; others stay in --out")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--one", nargs=2, metavar=("ROW", "CONTENDER"))
     parser.add_argument("--folder", type=Path)
@@ -396,6 +396,9 @@ def main() -> None:
             "torch": torch.__version__,
             "rounds": options.rounds,
         }
+        if options.rows and options.out.exists():  # measured in parts
+            earlier = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+            rows = {name: {**earlier, **rows}[name] for name in ROWS if name in rows or name in earlier}
         options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -354,6 +354,8 @@ def _changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"merge_method": "no_such_method"}, "mergekit: "),
+    ({"merge_metod": "linear"}, "config.yml:12: merge_metod: unknown key; did you mean 'merge_method'?"),
+    ({"models": [{"model": "./a", "paramters": {}}]}, "models[0].paramters: unknown key; did you mean 'parameters'?"),
     ({"models": None}, "Exactly one of 'models', 'slices', or 'modules' must be present"),
     ({"tokenizer_source": "base", "tokenizer": {"source": "base"}}, "Cannot specify both tokenizer_source"),
     ({"mudsc": {"balanse": 0.5}}, "config.yml:12: mudsc.balanse: unknown key; did you mean 'balance'?"),
@@ -376,6 +378,15 @@ def test_bad_configurations(
     message = _refused(_changed(config("linear", llama, "p"), **changes), tmp_path, capsys)
     assert said in message
     assert "Traceback" not in message
+
+
+def test_a_key_that_mergekit_ignores_is_noted(
+    llama: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"about": "mine", **config("linear", llama, "p", mudsc={"spaces": ["*.mlp"]})}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(made, sort_keys=False))
+    assert main(["mergekit", str(tmp_path / "config.yml"), str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "config.yml:1: about: unknown key; valid keys: merge_method," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

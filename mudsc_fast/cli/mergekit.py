@@ -76,11 +76,14 @@ def mergekit(config: Path, output: Path, dry_run: bool, force: bool, **theirs: A
     merge_options.apply_global_options()
     document, section = read_config(config)
     plain = {key: value for key, value in document.data.items() if key != "mudsc"}
+    _check_keys(document, MergeConfiguration, plain)
     try:
         merge_config = MergeConfiguration.model_validate(plain)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{config}: mergekit: {error}") from error
     for model in models_of(merge_config):
+        if model.model.path.startswith(("/", "./", "../")) and not Path(model.model.path).is_dir():
+            raise ValueError(f"model {model}: cannot be opened: no such folder: {model.model.path}")
         if output.exists() and Path(model.model.path).exists() and output.samefile(model.model.path):
             raise ValueError(f"OUT: {output} is an input")
     if dry_run:
@@ -91,6 +94,16 @@ def mergekit(config: Path, output: Path, dry_run: bool, force: bool, **theirs: A
         found = run_merge(merge_config, str(folder), merge_options, source, section, settings.say)
     how = f"{len(found)} models matched" if found else "nothing to match"
     settings.say(f"merged with mergekit ({merge_config.merge_method}, {how}) in {output}, {_seconds(start)}")
+
+
+def _check_keys(document: Document, schema: Any, plain: Any) -> None:
+    """ValueError for keys that look like mistyped ones; a note on others, which mergekit ignores without a word."""
+    found = list(document.strangers(schema, plain))
+    mistyped = [text for text, close in found if close]
+    if mistyped:
+        raise ValueError("\n".join(mistyped))
+    for text, _ in found:
+        options.settings().say(f"note: {text}; mergekit ignores it")
 
 
 def _say_what_would_be_done(config: Any, merge_options: Any, section: MudscSection) -> None:

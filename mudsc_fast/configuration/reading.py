@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -70,6 +71,25 @@ class Document:
             lines = [self._explain(problem, schema, at) for problem in error.errors()]
             raise ValueError("\n".join(lines)) from error
 
+    def strangers(self, schema: type[BaseModel], data: Any, at: Path = ()) -> Iterator[tuple[str, bool]]:
+        """(what to say, whether a valid key is close) of every key that the schema, which may ignore it, lacks."""
+        if not isinstance(data, Mapping):
+            return
+        fields = {field.alias or name: field for name, field in schema.model_fields.items()}
+        for key, value in data.items():
+            path = (*at, key)
+            if key not in fields:
+                close = difflib.get_close_matches(str(key), list(fields), n=1)
+                advice = _nearest(str(key), list(fields))
+                yield f"{self.where(path)}: {_dotted(path)}: unknown key; {advice}", bool(close)
+                continue
+            inner = _parts(fields[key].annotation)
+            if inner is not None and isinstance(value, list):
+                for k, part in enumerate(value):
+                    yield from self.strangers(inner, part, (*path, k))
+            elif inner is not None:
+                yield from self.strangers(inner, value, path)
+
     def _explain(self, problem: Any, schema: type[BaseModel], at: Path) -> str:
         path: Path = (*at, *problem["loc"])
         if problem["type"] == "extra_forbidden":
@@ -104,6 +124,16 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
+
+
+def _parts(annotation: Any) -> type[BaseModel] | None:
+    """The one model that a value, or each entry of a list, has to be; None for mappings and for several models."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (dict, collections.abc.Mapping):
+        return None
+    found = {part for argument in get_args(annotation) if (part := _parts(argument)) is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _nearest(key: str, valid: Sequence[str]) -> str:

@@ -105,6 +105,40 @@ def test_large_results_stream_past_the_cache(isa: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.int8], ids=str)
+def test_units_of_every_short_length(isa: str, dtype: torch.dtype) -> None:
+    # Runs are moved as wide vectors that go past their end, at the end of a tensor too: 1 to 40 elements, odd counts.
+    generator = torch.Generator().manual_seed(3)
+    for length in range(1, 41):
+        units = 67 - length // 2
+        tensor = (20 * torch.randn(3, units, length, generator=generator)).to(dtype)
+        indices = torch.randperm(units, generator=generator)
+        assert torch.equal(mf.regroup(tensor, indices.argsort(), 1, units), tensor[:, indices]), length
+        spread = torch.zeros(3, 2 * units, length, dtype=dtype)
+        spread[:, 2 * indices + 1] = tensor
+        assert torch.equal(mf.regroup(tensor, 2 * indices + 1, 1, 2 * units), spread), length
+        if dtype.is_floating_point:
+            got = mf.regroup(tensor, indices // 2, 1, units // 2 + 1, torch.full((units // 2 + 1,), 0.5))
+            want = mf.reference.regroup(tensor, indices // 2, 1, units // 2 + 1, torch.full((units // 2 + 1,), 0.5))
+            assert bool(((got.double() - want).abs() <= 100 * TOLERANCE[dtype]).all()), length
+
+
+@pytest.mark.parametrize("shape", [(40, 130, 1), (3, 70, 9), (3, 20, 200)], ids=str)
+def test_bfloat16_means_are_rounded_as_torch_rounds(isa: str, shape: tuple[int, ...]) -> None:
+    # All bit patterns, so subnormal numbers, infinities and NaN too; the sum of two is exact in float32.
+    generator = torch.Generator().manual_seed(4)
+    bits = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
+    bits[..., ::3] &= ~0x7F00  # many small ones
+    tensor = bits.view(torch.bfloat16)
+    labels = torch.randperm(shape[1], generator=generator) // 2
+    size = (shape[1] + 1) // 2
+    for factor in (1.0, 0.5, 0.3):
+        want = torch.zeros(shape[0], size, shape[2]).index_add_(1, labels, tensor.float()).mul_(factor).bfloat16()
+        got = mf.regroup(tensor, labels, 1, size, torch.full((size,), factor))
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
 def test_threads_change_nothing(isa: str) -> None:
     tensor = torch.randn(300, 5000)
     labels = torch.randint(3000, (5000,))
@@ -124,6 +158,16 @@ def test_threads_change_nothing(isa: str) -> None:
 def test_goldens(isa: str, inputs: dict, expected: dict) -> None:
     # The official code adds 1e-5 to its normalisation.
     torch.testing.assert_close(mf.regroup(**inputs), expected["tensor"], rtol=2e-5, atol=1e-5)
+
+
+def test_usual_calls_and_checked_ones_agree(isa: str, threads: int) -> None:
+    # A plain call takes a shorter way; a named backend is checked argument by argument.
+    tensor, labels = torch.randn(5, 40, 6), torch.randint(30, (40,))
+    for scale in (None, torch.rand(30), torch.rand(30, dtype=torch.float64)[::1]):
+        for source in (tensor, tensor.transpose(0, 2).contiguous().transpose(0, 2)):
+            got, want = (mf.regroup(source, labels, 1, 30, scale, backend=name) for name in ("auto", "cpu"))
+            assert torch.equal(got, want)
+            assert got.stride() == want.stride()
 
 
 def test_out_is_written_and_returned(isa: str) -> None:

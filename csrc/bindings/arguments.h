@@ -28,6 +28,12 @@ class Torch {
     static bool is_neg(const py::handle& tensor) {
         return checked(PyObject_CallMethodObjArgs(tensor.ptr(), names().is_neg, nullptr)).ptr() == Py_True;
     }
+    static bool requires_grad(const py::handle& tensor) {
+        return checked(PyObject_GetAttr(tensor.ptr(), names().requires_grad)).ptr() == Py_True;
+    }
+    static int64_t dim(const py::handle& tensor) {
+        return checked(PyObject_GetAttr(tensor.ptr(), names().ndim)).cast<int64_t>();
+    }
     static py::object to_dlpack(const py::handle& tensor) {
         return checked(PyObject_CallFunctionObjArgs(names().to_dlpack, tensor.ptr(), nullptr));
     }
@@ -38,6 +44,8 @@ class Torch {
         PyObject* to_dlpack = py::object(py::module_::import("torch.utils.dlpack").attr("to_dlpack")).release().ptr();
         PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
         PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+        PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+        PyObject* ndim = PyUnicode_InternFromString("ndim");
     };
     static const Names& names() {
         static const Names* found = new Names;  // never freed: the interpreter may be gone by then

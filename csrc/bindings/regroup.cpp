@@ -27,15 +27,9 @@ RegroupArgs regroup_args(const TensorView& in, const TensorView& out, int dim, i
     return a;
 }
 
-// Labels in [0, size) as segments: members[ptr[j] .. ptr[j + 1]) are the positions labelled j, rising. Returns the
+// Labels in [0, size) as segments: member[start[j] .. start[j + 1]) are the positions labelled j, rising. Returns the
 // length of the longest one, or -1 where a label is out of range.
-int64_t segments(const py::object& labels_obj, const py::object& ptr_obj, const py::object& members_obj) {
-    TensorArg labels(labels_obj, "labels"), ptr(ptr_obj, "ptr"), members(members_obj, "members");
-    require(labels->ndim == 1 && ptr->ndim == 1 && ptr->shape[0] > 0, "segments: expected vectors");
-    const int64_t n = labels->shape[0], size = ptr->shape[0] - 1;
-    const int64_t* label = vector_of<int64_t>(labels, Dtype::i64, n, "labels");
-    int64_t* start = vector_of<int64_t>(ptr, Dtype::i64, size + 1, "ptr");
-    int64_t* member = vector_of<int64_t>(members, Dtype::i64, n, "members");
+int64_t fill_segments(const int64_t* label, int64_t n, int64_t size, int64_t* start, int64_t* member) {
     std::fill(start, start + size + 1, 0);
     for (int64_t i = 0; i < n; ++i) {
         if (label[i] < 0 || label[i] >= size) return -1;
@@ -49,6 +43,82 @@ int64_t segments(const py::object& labels_obj, const py::object& ptr_obj, const 
     std::vector<int64_t> next(start, start + size);
     for (int64_t i = 0; i < n; ++i) member[next[static_cast<size_t>(label[i])]++] = i;
     return most;
+}
+
+int64_t segments(const py::object& labels_obj, const py::object& ptr_obj, const py::object& members_obj) {
+    TensorArg labels(labels_obj, "labels"), ptr(ptr_obj, "ptr"), members(members_obj, "members");
+    require(labels->ndim == 1 && ptr->ndim == 1 && ptr->shape[0] > 0, "segments: expected vectors");
+    const int64_t n = labels->shape[0], size = ptr->shape[0] - 1;
+    return fill_segments(vector_of<int64_t>(labels, Dtype::i64, n, "labels"), n, size,
+                         vector_of<int64_t>(ptr, Dtype::i64, size + 1, "ptr"),
+                         vector_of<int64_t>(members, Dtype::i64, n, "members"));
+}
+
+// First and last byte that a view touches.
+std::pair<const char*, const char*> span_of(const TensorView& t) {
+    const char *first = t.as<char>(), *last = first + t.element_bytes - 1;
+    for (int d = 0; d < t.ndim; ++d) {
+        const int64_t reach = t.strides[d] * (t.shape[d] - 1) * t.element_bytes;
+        (reach < 0 ? first : last) += reach;
+    }
+    return {first, last};
+}
+
+// Whether `out` can take the result as it is: every element at an address of its own, none of them shared with `in`.
+bool fits_out(const TensorView& in, const TensorView& out, int dim, int64_t size) {
+    if (out.ndim != in.ndim || out.dtype != in.dtype) return false;
+    std::vector<std::pair<int64_t, int64_t>> steps;
+    for (int d = 0; d < out.ndim; ++d) {
+        if (out.shape[d] != (d == dim ? size : in.shape[d]) || out.shape[d] == 0 || in.shape[d] == 0) return false;
+        if (out.shape[d] > 1) steps.emplace_back(out.strides[d], out.shape[d]);
+    }
+    std::sort(steps.begin(), steps.end());
+    int64_t reach = 0;
+    for (const auto& [stride, length] : steps) {
+        if (stride <= reach) return false;
+        reach += stride * (length - 1);
+    }
+    const auto [out_first, out_last] = span_of(out);
+    const auto [in_first, in_last] = span_of(in);
+    return out_last < in_first || in_last < out_first;
+}
+
+// The usual call in one step: plain CPU tensors of a type that can be summed. False, and nothing written, for anything
+// else, mistakes included: the public function then looks at each argument and says what is wrong.
+bool regroup_plain(const py::handle& in_obj, const py::handle& labels_obj, int64_t dim, int64_t size,
+                   const py::handle& scale_obj, const py::handle& out_obj, int threads) {
+    const auto plain = [](const py::handle& t) { return Torch::is_tensor(t) && Torch::is_cpu(t) && !Torch::is_neg(t); };
+    if (!plain(in_obj) || !plain(labels_obj) || !plain(out_obj) || Torch::requires_grad(out_obj)) return false;
+    if (!scale_obj.is_none() && !plain(scale_obj)) return false;
+    if (Torch::dim(in_obj) > kMaxDims || Torch::dim(out_obj) > kMaxDims) return false;
+    TensorArg in(in_obj, "tensor"), labels(labels_obj, "labels"), out(out_obj, "out");
+    const bool summable =
+        in->dtype == Dtype::f32 || in->dtype == Dtype::bf16 || in->dtype == Dtype::f16 || in->dtype == Dtype::f64;
+    if (!summable || dim < -in->ndim || dim >= in->ndim || size < 0) return false;
+    const int axis = static_cast<int>(dim < 0 ? dim + in->ndim : dim);
+    const int64_t n = in->shape[axis];
+    if (labels->dtype != Dtype::i64 || labels->ndim != 1 || labels->shape[0] != n ||
+        (n > 1 && labels->strides[0] != 1) || !fits_out(*in, *out, axis, size)) {
+        return false;
+    }
+    std::vector<double> scale;
+    if (!scale_obj.is_none()) {
+        TensorArg given(scale_obj, "scale");
+        if (given->ndim != 1 || given->shape[0] != size) return false;
+        if (given->dtype != Dtype::f32 && given->dtype != Dtype::f64) return false;
+        for (int64_t j = 0; j < size; ++j) {
+            const int64_t at = j * given->strides[0];
+            scale.push_back(given->dtype == Dtype::f64 ? given->as<double>()[at] : given->as<float>()[at]);
+        }
+    }
+    std::vector<int64_t> start(static_cast<size_t>(size) + 1), member(static_cast<size_t>(n));
+    if (fill_segments(labels->as<int64_t>(), n, size, start.data(), member.data()) < 0) return false;
+    RegroupArgs a = regroup_args(*in, *out, axis, threads);
+    a.ptr = start.data();
+    a.members = member.data();
+    a.scale = scale.empty() ? nullptr : scale.data();
+    check(without_gil([&](const KernelTable& table) { return table.regroup(a); }), "regroup");
+    return true;
 }
 
 void regroup(const py::object& in_obj, const py::object& out_obj, int dim, const py::object& ptr_obj,
@@ -103,6 +173,8 @@ void regroup_cuda(const py::object& in_obj, const py::object& out_obj, int dim, 
 
 void bind_regroup(py::module_& m) {
     m.def("segments", &segments, py::arg("labels"), py::arg("ptr"), py::arg("members"));
+    m.def("regroup_plain", &regroup_plain, py::arg("tensor"), py::arg("labels"), py::arg("dim"), py::arg("size"),
+          py::arg("scale"), py::arg("out"), py::arg("threads"));
     m.def("regroup", &regroup, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"), py::arg("members"),
           py::arg("scale"), py::arg("threads"));
 #ifdef MUDSC_FAST_CUDA_ARCHS

@@ -18,10 +18,10 @@ constexpr int64_t kRowsInCache = 16 << 10;     // rows gathered at once must lea
 constexpr int64_t kTileUnits = 64 << 10;       // of an axis that is regrouped in tiles
 constexpr int64_t kRun = 512;  // elements summed in registers and L1 before they are converted and stored
 
-// Results beyond this would not stay in the last cache anyway.
+// Results beyond this would not leave room for their source in the last cache.
 int64_t cache_bytes() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-    return min64(max64(sysconf(_SC_LEVEL3_CACHE_SIZE), kStreamFromBytes), 4 * kStreamFromBytes);
+    return min64(max64(sysconf(_SC_LEVEL3_CACHE_SIZE) / 2, kStreamFromBytes), 2 * kStreamFromBytes);
 #else
     return kStreamFromBytes;
 #endif
@@ -35,17 +35,16 @@ struct Mover {
     const Plan& p;
 
     // Runs of inner elements that are contiguous on both sides.
-    void contiguous(T* out, const T* in, int64_t j0, int64_t j1) const {
+    void contiguous(T* out, const T* in, int64_t j0, int64_t j1, const Ahead& ahead) const {
         const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = p.l.inner * size;
-        if (p.packed && bytes <= 128) {
-            const int64_t readable = p.in_units * bytes;
-            char* to = reinterpret_cast<char*>(out);
-            const char* from = reinterpret_cast<const char*>(in);
-            const auto move = bytes <= 16   ? move_short<16>
-                              : bytes <= 32 ? move_short<32>
-                              : bytes <= 64 ? move_short<64>
-                                            : move_short<128>;
-            move(to, from, p.a.ptr, p.at, size, bytes, readable, j0, j1);
+        if (p.packed && p.near != nullptr && bytes <= 128) {
+            const int64_t readable = p.in_units * p.l.inner;
+            const auto move = bytes <= 16   ? move_short<16, T>
+                              : bytes <= 32 ? move_short<32, T>
+                              : bytes <= 48 ? move_short<48, T>
+                              : bytes <= 64 ? move_short<64, T>
+                                            : move_short<128, T>;
+            move(out, in, p.a.ptr, p.near, p.full, p.l.inner, readable, j0, j1, ahead);
             return;
         }
         for (int64_t j = j0; j < j1; ++j) {
@@ -57,6 +56,7 @@ struct Mover {
             }
             const char* from = reinterpret_cast<const char*>(in + p.at[first]);
             if (bytes <= kShort) {
+                ahead.ask(j, to);
                 copy_short(to, from, bytes);
             } else {
                 const bool more = first + 1 < p.a.ptr[p.l.units];
@@ -101,12 +101,19 @@ struct Summer {
             return from_f32<T>(x);
         }
     }
-    Acc factor(int64_t j) const { return p.a.scale != nullptr ? static_cast<Acc>(p.a.scale[j]) : Acc{1}; }
+    Acc factor(int64_t j) const {
+        if constexpr (sizeof(Acc) == 8) {
+            return p.a.scale != nullptr ? p.a.scale[j] : Acc{1};
+        } else {
+            return p.scale != nullptr ? p.scale[j] : Acc{1};
+        }
+    }
 
-    void contiguous(T* out, const T* in, int64_t j0, int64_t j1) const {
-        if (p.packed && p.l.inner <= kWide) {
+    void contiguous(T* out, const T* in, int64_t j0, int64_t j1, const Ahead& ahead) const {
+        if (p.packed && p.near != nullptr && p.l.inner <= kWide) {
             const int64_t readable = p.in_units * p.l.inner;
-            sum_short<T, Acc>(out, in, p.a.ptr, p.at, p.a.scale, p.l.inner, readable, j0, j1);
+            const auto by = [this](int64_t j) { return factor(j); };
+            sum_short<T, Acc>(out, in, p.a.ptr, p.near, by, p.l.inner, readable, j0, j1, ahead);
             return;
         }
         for (int64_t j = j0; j < j1; ++j) run(out + j * p.l.unit_out, in, j);
@@ -119,8 +126,8 @@ struct Summer {
             // The usual zip, one unit of each model or two of one: no detour through a buffer.
             const T *x = in + p.at[first], *y = in + p.at[first + 1];
             int64_t k = 0;
-            for (; k + kWide <= p.l.inner; k += kWide) {
-                WideSum<T> sum;
+            for (; k + LongSum<T>::kCount <= p.l.inner; k += LongSum<T>::kCount) {
+                LongSum<T> sum;
                 sum.add(x + k);
                 sum.add(y + k);
                 sum.store(out + k, by);
@@ -217,21 +224,13 @@ void strided(const Worker& work, int64_t o, int64_t j0, int64_t j1) {
     const T* in = static_cast<const T*>(work.p.a.in) + in_at;
     T* out = static_cast<T*>(work.p.a.out) + out_at;
     if (l.inner_in == 1 && l.inner_out == 1) {
-        if (l.inner * static_cast<int64_t>(sizeof(T)) <= kShort && o + 1 < l.outer) {
-            int64_t next_at, ignored;
-            offsets(l, o + 1, &next_at, &ignored);
-            const T* next = static_cast<const T*>(work.p.a.in) + next_at;
-            constexpr int64_t kGroup = 64;
-            for (int64_t j = j0; j < j1; j += kGroup) {
-                const int64_t end = min64(j + kGroup, j1);
-                const char* line = reinterpret_cast<const char*>(next + j * l.unit_in);
-                const char* stop = reinterpret_cast<const char*>(next + end * l.unit_in);
-                for (; line < stop; line += kCacheLine) __builtin_prefetch(line, 0, 2);
-                work.contiguous(out, in, j, end);
-            }
-        } else {
-            work.contiguous(out, in, j0, j1);
-        }
+        int64_t next_at, ignored;
+        offsets(l, min64(o + 1, l.outer - 1), &next_at, &ignored);
+        const int64_t bytes = l.inner * static_cast<int64_t>(sizeof(T)), group = max64(1, kCacheLine / bytes);
+        const int64_t row = work.p.in_units * llabs(l.unit_in) * static_cast<int64_t>(sizeof(T));
+        const int64_t lines = ceil_div(ceil_div(row, ceil_div(l.units, group)), kCacheLine);
+        const char* next = reinterpret_cast<const char*>(static_cast<const T*>(work.p.a.in) + next_at);
+        work.contiguous(out, in, j0, j1, Ahead{next, min64(lines, 4), group});
         return;
     }
     for (int64_t j = j0; j < j1; ++j) {
@@ -254,7 +253,7 @@ void run(const Plan& p) {
         const int64_t o1 = min64((task / cuts + 1) * outers_a_task, l.outer);
         const int64_t j0 = task % cuts * units_a_task, j1 = min64(j0 + units_a_task, l.units);
         int64_t o = task / cuts * outers_a_task;
-        if (p.near != nullptr) {
+        if (p.near != nullptr && l.unit_out == 1) {
             for (; o + 4 <= o1 && 4 * row_bytes <= kRowsInCache; o += 4) unit_rows<Worker, 4>(work, o, j0, j1);
             for (; o < o1; ++o) unit_rows<Worker, 1>(work, o, j0, j1);
         }
@@ -276,10 +275,9 @@ bool run_tiles(const Plan& p) {
     t.in_units = p.in_units;
     if (t.in_units > kTileUnits || t.in_units < in_vector / 2) return false;
     const int64_t padded = ceil_div(l.units, in_vector) * in_vector;
-    Buffer<int32_t> at(Worker::kSums ? members : padded), in_order(in_vector);
-    if (!at || !in_order) return false;
+    Buffer<int32_t> at(Worker::kSums ? members : padded);
+    if (!at) return false;
     const auto offset = [](int64_t unit) { return static_cast<int32_t>(unit * kVector); };
-    for (int64_t k = 0; k < in_vector; ++k) in_order[k] = offset(k);
     if (Worker::kSums) {
         for (int64_t m = 0; m < members; ++m) at[m] = offset(p.a.members[m]);
     } else {
@@ -289,7 +287,6 @@ bool run_tiles(const Plan& p) {
         }
     }
     t.at = at.get();
-    t.in_order = in_order.get();
     const Worker work{p};
     const int64_t row_bytes = max64(l.units, t.in_units) * size;
     const int64_t tiles_a_task = max64(1, kTaskBytes / (row_bytes * R));
@@ -334,10 +331,11 @@ Status regroup(const RegroupArgs& a) {
     Buffer<int64_t> at(members);
     if (!at) return Status::no_memory;
     for (int64_t m = 0; m < members; ++m) at[m] = a.members[m] * l.unit_in;
-    const bool rows_of_units = l.unit_out == 1;
-    Buffer<int32_t> near(rows_of_units ? members : 0);
+    const bool packed = l.unit_in == l.inner && l.unit_out == l.inner;
+    const bool rows_of_units = l.unit_out == 1, nearby = rows_of_units || packed;
+    Buffer<int32_t> near(nearby ? members : 0);
     if (!near) return Status::no_memory;
-    bool fits = rows_of_units;
+    bool fits = nearby;
     for (int64_t m = 0; m < members && fits; ++m) {
         fits = llabs(at[m]) <= INT32_MAX;
         near[m] = static_cast<int32_t>(at[m]);
@@ -349,9 +347,12 @@ Status regroup(const RegroupArgs& a) {
     }
     int64_t in_units = 0;
     for (int64_t m = 0; m < members; ++m) in_units = max64(in_units, a.members[m] + 1);
-    const bool packed = l.unit_in == l.inner && l.unit_out == l.inner;
     const int64_t bytes = l.outer * l.units * l.inner * a.element_bytes;
-    const Plan plan{a, l, at.get(), fits ? near.get() : nullptr, in_units, packed, full, bytes > cache_bytes()};
+    Buffer<float> scale(a.scale != nullptr ? l.units : 0);
+    if (!scale) return Status::no_memory;
+    for (int64_t j = 0; a.scale != nullptr && j < l.units; ++j) scale[j] = static_cast<float>(a.scale[j]);
+    const Plan plan{a,        l,      at.get(), fits ? near.get() : nullptr, a.scale != nullptr ? scale.get() : nullptr,
+                    in_units, packed, full,     bytes > cache_bytes()};
     if (single) {
         switch (a.element_bytes) {
             case 1: run_best<Mover<uint8_t>>(plan); return Status::ok;

@@ -96,6 +96,11 @@ inline void copy_short(char* out, const char* in, int64_t bytes) {
 inline void stream_line(char* out, const char* in) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
+#elif defined(__AVX__)
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), x);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + 32), y);
 #else
     for (int64_t part = 0; part < kCacheLine; part += 16) {
         const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + part));
@@ -103,23 +108,29 @@ inline void stream_line(char* out, const char* in) {
     }
 #endif
 }
+
+#if defined(__AVX512BF16__)
+constexpr int kSubnormal = 0x20;  // what vfpclassps is asked for
+#endif
 #endif
 
 // Copies a run of contiguous bytes; past the cache when `stream`, a whole line at a time where the registers allow.
-// `next` is where the following run will be read: the hardware does not foresee a jump, so its lines are asked for
-// here.
+// `next` is where the following run will be read: the hardware does not foresee a jump, so what comes kAhead bytes
+// later is asked for here, into the second cache.
 inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, const char* next) {
     if (bytes <= kShort) {
         copy_short(out, in, bytes);
         return;
     }
+    constexpr int64_t kAhead = 2048;
+    const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63, last = bytes - kCacheLine;
+    const auto ask = [&](int64_t i) { __builtin_prefetch(i < bytes ? in + i : next + (i - bytes), 0, 2); };
+    int64_t i = head;
+    memcpy(out, in, kCacheLine);
 #if defined(__SSE2__)
     if (stream) {
-        const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63;
-        memcpy(out, in, static_cast<size_t>(head));
-        int64_t i = head;
-        for (; i + kCacheLine <= bytes; i += kCacheLine) {
-            __builtin_prefetch(next + i);
+        for (; i <= last; i += kCacheLine) {
+            ask(i + kAhead);
             stream_line(out + i, in + i);
         }
         memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
@@ -127,9 +138,28 @@ inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, cons
     }
 #endif
     (void)stream;
-    (void)next;
-    memcpy(out, in, static_cast<size_t>(bytes));
+    for (; i <= last; i += kCacheLine) {
+        ask(i + kAhead);
+        memcpy(out + i, in + i, kCacheLine);
+    }
+    memcpy(out + last, in + last, kCacheLine);
 }
+
+// Asks for what short runs need soon, a line's worth of units at a time: neither what is read in any order nor what is
+// written in pieces is foreseen by the hardware.
+struct Ahead {
+    const char* next;  // what is read after this row
+    int64_t lines;     // of it for each group of units
+    int64_t group;     // units that fill a line of the output
+
+    // `done` units of the row are written, and the following begins at `to`.
+    void ask(int64_t done, const void* to) const {
+        constexpr int64_t kAhead = 2048;
+        const char* from = next + done / group * lines * kCacheLine;
+        for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
+        __builtin_prefetch(static_cast<const char*>(to) + kAhead, 1, 3);
+    }
+};
 
 void fence() {
 #if defined(__SSE2__)
@@ -139,20 +169,21 @@ void fence() {
 
 // What the tiles of regroup_tile.h need besides.
 struct Tiling {
-    int64_t in_units = 0;               // positions on the unit axis that are read; 0: no tiles
-    const int32_t* at = nullptr;        // byte offsets of lines: for gathers [units, rounded up], for sums [members]
-    const int32_t* in_order = nullptr;  // of a vector's units one after the other
+    int64_t in_units = 0;         // positions on the unit axis that are read; 0: no tiles
+    const int32_t* at = nullptr;  // byte offsets of lines: for gathers [units, rounded up], for sums [members]
 };
 
 // What a worker needs besides the arguments: where each member lies on the unit axis, in elements.
 struct Plan {
     const RegroupArgs& a;
     const Layout& l;
-    const int64_t* at;    // [members]
-    const int32_t* near;  // [members] the same where rows of units are gathered: half the cache
-    int64_t in_units;     // positions of the unit axis that are read
-    bool packed;          // each unit's run begins where the one before ends, on both sides
-    bool full;            // every unit has one member exactly, so unit j's is at[j]
+    const int64_t* at;  // [members]
+    const int32_t*
+        near;  // [members] the same where it fits, for rows of units and for packed ones: half the cache; or null
+    const float* scale;  // [units] the factors of float sums; or null
+    int64_t in_units;    // positions of the unit axis that are read
+    bool packed;         // each unit's run begins where the one before ends, on both sides
+    bool full;           // every unit has one member exactly, so unit j's is at[j]
     bool stream;
 };
 

@@ -13,7 +13,8 @@ constexpr int kWide = 16;  // elements that are added up at once
 // Sums of sixteen elements. GCC and clang split these vectors into registers of the instruction set's own size.
 typedef float Floats16 __attribute__((vector_size(64)));
 typedef uint32_t Bits16 __attribute__((vector_size(64)));
-typedef uint16_t Halves16 __attribute__((vector_size(32)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef uint32_t Bits8 __attribute__((vector_size(32)));
 typedef double Doubles8 __attribute__((vector_size(64)));
 
 template <typename T>
@@ -50,27 +51,75 @@ struct WideSum<double> {
     }
 };
 
-template <>
-struct WideSum<bf16> {
-    Floats16 sum = {};
-    void add(const bf16* in) {
-        Halves16 half;
-        memcpy(&half, in, sizeof half);
-        const Bits16 bits = __builtin_convertvector(half, Bits16) << 16;
-        Floats16 x;
+#if defined(__AVX512BF16__)
+// The instruction takes subnormal numbers for zero, and is right about NaN. False where there are some.
+inline bool pack_pairs(bf16* out, Floats8 even, Floats8 odd) {
+    const __m256 a = reinterpret_cast<__m256>(even), b = reinterpret_cast<__m256>(odd);
+    if ((_mm256_fpclass_ps_mask(a, kSubnormal) | _mm256_fpclass_ps_mask(b, kSubnormal)) != 0) return false;
+    const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+    const __m256i x = _mm256_permutexvar_epi16(order, reinterpret_cast<__m256i>(_mm256_cvtne2ps_pbh(b, a)));
+    memcpy(out, &x, sizeof x);
+    return true;
+}
+inline bool pack_pairs(bf16* out, Floats16 even, Floats16 odd) {
+    const __m512 a = reinterpret_cast<__m512>(even), b = reinterpret_cast<__m512>(odd);
+    if ((_mm512_fpclass_ps_mask(a, kSubnormal) | _mm512_fpclass_ps_mask(b, kSubnormal)) != 0) return false;
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i x = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+    memcpy(out, &x, sizeof x);
+    return true;
+}
+#endif
+
+// A bfloat16 is the upper half of a float: of each pair, the even one is shifted there and the odd one stands there.
+// `Bits` and `Floats` are of 32 bytes for short units, of 64 for long runs.
+template <typename Bits, typename Floats>
+struct PairSum {
+    static constexpr int kCount = 2 * static_cast<int>(sizeof(Bits) / 4);
+    Floats even = {}, odd = {};
+    // Through references: vectors wider than the registers are not to be returned.
+    static void add_bits(Floats& sum, const Bits& bits) {
+        Floats x;
         memcpy(&x, &bits, sizeof x);
         sum += x;
     }
-    void store(bf16* out, float by) const {
-        const Floats16 x = sum * by;
-        Bits16 bits;
+    // In the upper half, as from_f32 rounds.
+    static void round(Bits& out, const Floats& x) {
+        Bits bits;
         memcpy(&bits, &x, sizeof bits);
-        const Bits16 up = (bits + (((bits >> 16) & 1u) + 0x7fffu)) >> 16, quiet = (bits >> 16) | 0x40u;
-        const Bits16 nan = (Bits16)(x != x);
-        const Halves16 half = __builtin_convertvector((nan & quiet) | (~nan & up), Halves16);
-        memcpy(out, &half, sizeof half);
+        const Bits nan = (Bits)(x != x);
+        out = (nan & (bits | 0x400000u)) | (~nan & (bits + (((bits >> 16) & 1u) + 0x7fffu)));
+    }
+    void add(const bf16* in) {
+        Bits x;
+        memcpy(&x, in, sizeof x);
+        add_bits(even, x << 16);
+        add_bits(odd, x & 0xffff0000u);
+    }
+    void store(bf16* out, float by) const {
+        const Floats a = even * by, b = odd * by;
+#if defined(__AVX512BF16__)
+        if (pack_pairs(out, a, b)) return;
+#endif
+        Bits low, high;
+        round(low, a);
+        round(high, b);
+        const Bits x = low >> 16 | (high & 0xffff0000u);
+        memcpy(out, &x, sizeof x);
     }
 };
+
+template <>
+struct WideSum<bf16> : PairSum<Bits8, Floats8> {};
+
+// As many elements as are added up at once where a run is long.
+template <typename T>
+struct LongSum : WideSum<T> {
+    static constexpr int kCount = kWide;
+};
+template <>
+struct LongSum<bf16> : PairSum<Bits16, Floats16> {};
 
 template <>
 struct WideSum<f16> {
@@ -98,50 +147,71 @@ struct WideSum<f16> {
 #endif
 };
 
-// Units [j0, j1) of one outer index, each `bytes` <= Width long and next to the one before, on both sides. `at` is
-// where each member lies, in elements of `size` bytes; reads up to `readable` bytes from `in` on are allowed.
-template <int Width>
-void move_short(char* out, const char* in, const int64_t* ptr, const int64_t* at, int64_t size, int64_t bytes,
-                int64_t readable, int64_t j0, int64_t j1) {
-    const int64_t last = j1 - ceil_div(Width, bytes);  // from here on a vector would reach past this task's units
-    for (int64_t j = j0; j < j1; ++j) {
-        char* to = out + j * bytes;
-        const int64_t m = ptr[j];
-        if (m == ptr[j + 1]) {
-            memset(to, 0, static_cast<size_t>(bytes));
-            continue;
-        }
-        const int64_t from = at[m] * size;
-        if (j <= last && from + Width <= readable) {
+// Units [j0, j1) of one outer index, each `inner` elements of at most Width bytes and next to the one before, on both
+// sides. `at` is where each member lies; reads of up to `readable` elements from `in` on are allowed.
+template <int Width, typename T>
+void move_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, bool full, int64_t inner, int64_t readable,
+                int64_t j0, int64_t j1, const Ahead& ahead) {
+    constexpr int64_t size = static_cast<int64_t>(sizeof(T)), kElements = (Width + size - 1) / size;
+    const int64_t safe = max64(j0, j1 - ceil_div(Width, inner * size));  // from here on a vector reaches past j1
+    const int64_t last = readable - kElements, bytes = inner * size;
+    T* to = out + j0 * inner;
+    const auto move = [&](int64_t from, bool inside) {
+        if (inside && from <= last) {
             memcpy(to, in + from, Width);
         } else {
-            copy_short(to, in + from, bytes);
+            copy_short(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(in + from), bytes);
+        }
+        to += inner;
+    };
+    if (full) {
+        int64_t j = j0;
+        for (; j + ahead.group <= safe;) {
+            ahead.ask(j, to);
+            for (const int64_t stop = j + ahead.group; j < stop; ++j) move(at[j], true);
+        }
+        for (; j < j1; ++j) move(at[j], j < safe);
+        return;
+    }
+    for (int64_t j = j0; j < j1; ++j) {
+        if (j % ahead.group == 0) ahead.ask(j, to);
+        if (ptr[j] < ptr[j + 1]) {
+            move(at[ptr[j]], j < safe);
+        } else {
+            memset(to, 0, static_cast<size_t>(bytes));
+            to += inner;
         }
     }
 }
 
 // The same, summed and scaled, for units of at most kWide elements.
-template <typename T, typename Acc>
-void sum_short(T* out, const T* in, const int64_t* ptr, const int64_t* at, const double* scale, int64_t inner,
-               int64_t readable, int64_t j0, int64_t j1) {
-    const int64_t last = j1 - ceil_div(kWide, inner);
+template <typename T, typename Acc, typename Factor>
+void sum_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, const Factor& factor, int64_t inner,
+               int64_t readable, int64_t j0, int64_t j1, const Ahead& ahead) {
+    const int64_t safe = max64(j0, j1 - ceil_div(kWide, inner)), last = readable - kWide;
+    const size_t bytes = static_cast<size_t>(inner) * sizeof(T);
     T part[kWide] = {};
-    for (int64_t j = j0; j < j1; ++j) {
-        WideSum<T> sum;
-        for (int64_t m = ptr[j]; m < ptr[j + 1]; ++m) {
-            if (at[m] + kWide <= readable) {
-                sum.add(in + at[m]);
-            } else {
-                memcpy(part, in + at[m], static_cast<size_t>(inner) * sizeof(T));
-                sum.add(part);
+    T* to = out + j0 * inner;
+    int64_t m = ptr[j0];
+    for (int64_t j = j0; j < j1;) {
+        ahead.ask(j, to);
+        for (const int64_t stop = min64(j + ahead.group, j1); j < stop; ++j, to += inner) {
+            WideSum<T> sum;
+            for (const int64_t end = ptr[j + 1]; m < end; ++m) {
+                if (at[m] <= last) {
+                    sum.add(in + at[m]);
+                } else {
+                    memcpy(part, in + at[m], bytes);
+                    sum.add(part);
+                }
             }
-        }
-        const Acc by = scale != nullptr ? static_cast<Acc>(scale[j]) : Acc{1};
-        if (j <= last) {
-            sum.store(out + j * inner, by);
-        } else {
-            sum.store(part, by);
-            memcpy(out + j * inner, part, static_cast<size_t>(inner) * sizeof(T));
+            const Acc by = factor(j);
+            if (j < safe) {
+                sum.store(to, by);
+            } else {
+                sum.store(part, by);
+                memcpy(to, part, bytes);
+            }
         }
     }
 }

@@ -77,7 +77,7 @@ struct Vector {
 #define MUDSC_TILES 1
 
 constexpr int64_t kVector = 16 * Vector::kLanes;  // bytes of a line
-constexpr int64_t kStage = 256;  // bytes of each output row that are put together before they are stored
+constexpr int64_t kStage = 512;  // bytes of each output row that are put together before they are stored
 
 #if defined(__AVX2__)
 #define MUDSC_MM(name) _mm256_##name
@@ -86,10 +86,10 @@ using Doubles = __m256d;
 using Bits = __m256i;
 inline Bits load_bits(const void* p) { return _mm256_load_si256(static_cast<const Bits*>(p)); }
 inline Bits both(Bits a, Bits b) { return _mm256_and_si256(a, b); }
+inline Bits either(Bits a, Bits b) { return _mm256_or_si256(a, b); }
 inline bool any_nan(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0; }
 inline Bits bits_of(Floats x) { return _mm256_castps_si256(x); }
 inline Floats floats_of(Bits x) { return _mm256_castsi256_ps(x); }
-inline Bits no_bits() { return _mm256_setzero_si256(); }
 #else
 #define MUDSC_MM(name) _mm_##name
 using Floats = __m128;
@@ -97,10 +97,10 @@ using Doubles = __m128d;
 using Bits = __m128i;
 inline Bits load_bits(const void* p) { return _mm_load_si128(static_cast<const Bits*>(p)); }
 inline Bits both(Bits a, Bits b) { return _mm_and_si128(a, b); }
+inline Bits either(Bits a, Bits b) { return _mm_or_si128(a, b); }
 inline bool any_nan(Floats a, Floats b) { return _mm_movemask_ps(_mm_cmpunord_ps(a, b)) != 0; }
 inline Bits bits_of(Floats x) { return _mm_castps_si128(x); }
 inline Floats floats_of(Bits x) { return _mm_castsi128_ps(x); }
-inline Bits no_bits() { return _mm_setzero_si128(); }
 #endif
 
 // The sum of lines, in registers.
@@ -127,38 +127,48 @@ struct LineSum<double> {
     }
 };
 
-// A bfloat16 is the upper half of a float: interleaved with zeros it is one.
+// A bfloat16 is the upper half of a float: of each pair, the even one is shifted there and the odd one stands there.
 template <>
 struct LineSum<bf16> {
-    Floats low = MUDSC_MM(setzero_ps)(), high = MUDSC_MM(setzero_ps)();
+    Floats even = MUDSC_MM(setzero_ps)(), odd = MUDSC_MM(setzero_ps)();
+    static Bits upper(Bits x) { return both(x, MUDSC_MM(set1_epi32)(static_cast<int>(0xffff0000u))); }
     void add(const char* line) {
         const Bits x = load_bits(line);
-        low = MUDSC_MM(add_ps)(low, floats_of(MUDSC_MM(unpacklo_epi16)(no_bits(), x)));
-        high = MUDSC_MM(add_ps)(high, floats_of(MUDSC_MM(unpackhi_epi16)(no_bits(), x)));
-    }
-    // As from_f32 rounds, but sign-extended to 32 bits, so that packing with saturation keeps the bits.
-    static Bits rounded(Floats x) {
-        const Bits bits = bits_of(x), one = MUDSC_MM(set1_epi32)(1);
-        const Bits odd = both(MUDSC_MM(srli_epi32)(bits, 16), one);
-        const Bits up = MUDSC_MM(add_epi32)(odd, MUDSC_MM(set1_epi32)(0x7fff));
-        return MUDSC_MM(srai_epi32)(MUDSC_MM(add_epi32)(bits, up), 16);
+        even = MUDSC_MM(add_ps)(even, floats_of(MUDSC_MM(slli_epi32)(x, 16)));
+        odd = MUDSC_MM(add_ps)(odd, floats_of(upper(x)));
     }
     void store(char* to, float by) const {
-        const Floats a = MUDSC_MM(mul_ps)(low, MUDSC_MM(set1_ps)(by)),
-                     b = MUDSC_MM(mul_ps)(high, MUDSC_MM(set1_ps)(by));
-        const Bits x = MUDSC_MM(packs_epi32)(rounded(a), rounded(b));
-        memcpy(to, &x, sizeof x);
-        if (!any_nan(a, b)) return;
-        float each[kVector / 2];
-        memcpy(each, &a, sizeof a);
-        memcpy(each + kVector / 4, &b, sizeof b);
-        constexpr int kQuarter = static_cast<int>(kVector / 4), kLaneHalf = 4;  // packed lane by lane
-        for (int r = 0; r < kQuarter; ++r) {
-            const int at = r / kLaneHalf * 2 * kLaneHalf + r % kLaneHalf;
-            reinterpret_cast<bf16*>(to)[at] = from_f32<bf16>(each[r]);
-            reinterpret_cast<bf16*>(to)[at + kLaneHalf] = from_f32<bf16>(each[kQuarter + r]);
+        const Floats a = MUDSC_MM(mul_ps)(even, MUDSC_MM(set1_ps)(by)),
+                     b = MUDSC_MM(mul_ps)(odd, MUDSC_MM(set1_ps)(by));
+#if defined(__AVX512BF16__)
+        // The instruction takes subnormal numbers for zero, and is right about NaN.
+        if ((_mm256_fpclass_ps_mask(a, kSubnormal) | _mm256_fpclass_ps_mask(b, kSubnormal)) == 0) {
+            const __m256i pairs = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+            const __m256i x = reinterpret_cast<__m256i>(_mm256_cvtne2ps_pbh(b, a));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_permutexvar_epi16(pairs, x));
+            return;
         }
+#else
+        if (!any_nan(a, b)) {
+            const Bits x = MUDSC_MM(srli_epi32)(rounded(a), 16), y = upper(rounded(b));
+            const Bits pairs = either(x, y);
+            memcpy(to, &pairs, sizeof pairs);
+            return;
+        }
+#endif
+        float each[2][kVector / 4];
+        memcpy(each[0], &a, sizeof a);
+        memcpy(each[1], &b, sizeof b);
+        for (int r = 0; r < kVector / 2; ++r) reinterpret_cast<bf16*>(to)[r] = from_f32<bf16>(each[r % 2][r / 2]);
     }
+#if !defined(__AVX512BF16__)
+    // As from_f32 rounds; the lower half is to be dropped.
+    static Bits rounded(Floats x) {
+        const Bits bits = bits_of(x);
+        const Bits odd_bit = both(MUDSC_MM(srli_epi32)(bits, 16), MUDSC_MM(set1_epi32)(1));
+        return MUDSC_MM(add_epi32)(bits, MUDSC_MM(add_epi32)(odd_bit, MUDSC_MM(set1_epi32)(0x7fff)));
+    }
+#endif
 };
 
 template <>
@@ -227,13 +237,13 @@ inline void forget(const void* table) {
 template <typename T>
 void spread(const T* const* rows, int64_t units, char* lines) {
     constexpr int n = kInLane<T>, R = kTileRows<T>;
-    constexpr int64_t size = static_cast<int64_t>(sizeof(T)), pitch = kStage + kCacheLine;
+    constexpr int64_t size = static_cast<int64_t>(sizeof(T)), kNear = 256, pitch = kNear + kCacheLine;
     alignas(64) char near[R * pitch];
-    for (int64_t u = 0; u < units; u += kStage / size) {
-        const int64_t here = min64(kStage / size, units - u);
+    for (int64_t u = 0; u < units; u += kNear / size) {
+        const int64_t here = min64(kNear / size, units - u);
         for (int r = 0; r < R; ++r) {
-            if (here == kStage / size) {
-                memcpy(near + r * pitch, rows[r] + u, kStage);
+            if (here == kNear / size) {
+                memcpy(near + r * pitch, rows[r] + u, kNear);
             } else {
                 memcpy(near + r * pitch, rows[r] + u, static_cast<size_t>(here * size));
             }
@@ -251,16 +261,17 @@ void spread(const T* const* rows, int64_t units, char* lines) {
     }
 }
 
-// One vector of every row: element k is in the line at base + at[k].
-template <typename T>
+// One vector of every row: element k is in the line at base + at[k], or in the k-th one where `at` is null.
+template <typename T, bool InOrder>
 inline void collect(const char* base, const int32_t* at, char* stage, int64_t stage_row) {
     constexpr int n = kInLane<T>;
+    const auto line = [&](int k) { return base + (InOrder ? k * kVector : at[k]); };
 #pragma GCC unroll 1
     for (int c = 0; c < Vector::kLanes; ++c) {
         forget(at);
         Vector x[n];
 #pragma GCC unroll 16
-        for (int e = 0; e < n; ++e) x[e] = Vector::lanes([&](int lane) { return base + at[lane * n + e] + 16 * c; });
+        for (int e = 0; e < n; ++e) x[e] = Vector::lanes([&](int lane) { return line(lane * n + e) + 16 * c; });
         transpose_lanes<T>(x);
 #pragma GCC unroll 16
         for (int k = 0; k < n; ++k) x[k].store(stage + (c * n + k) * stage_row);
@@ -327,19 +338,19 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
                 for (int64_t b = 0; b < kStage; b += kCacheLine) __builtin_prefetch(to + b, 1, 2);
             }
         }
-        if (o + R < p.l.outer) {
-            for (int r = 0; r < R; ++r) {
-                const char* from = reinterpret_cast<const char*>(next[r]) + s * ahead;
-                for (int64_t b = 0; b < ahead; b += kCacheLine) __builtin_prefetch(from + b, 0, 2);
-            }
-        }
+        int64_t asked = 0;
         for (int64_t k = 0; k < n; k += in_vector) {
             char* to = stage + kCacheLine + k * size;
+            // The next tile's rows, in equal shares: asked for all at once they keep the loads of this tile waiting.
+            for (const int64_t due = (k + in_vector) * R / in_stage; asked < due && o + R < p.l.outer; ++asked) {
+                const char* from = reinterpret_cast<const char*>(next[asked]) + s * ahead;
+                for (int64_t b = 0; b < ahead; b += kCacheLine) __builtin_prefetch(from + b, 0, 2);
+            }
             if constexpr (Worker::kSums) {
                 work.lines(lines, t.at, j + k, min64(in_vector, n - k), sums);
-                collect<T>(sums, t.in_order, to, stage_row);
+                collect<T, true>(sums, nullptr, to, stage_row);
             } else {
-                collect<T>(lines, t.at + j + k, to, stage_row);
+                collect<T, false>(lines, t.at + j + k, to, stage_row);
             }
         }
         for (int r = 0; r < rows; ++r)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mudsc_fast as mf
+from mudsc_fast import _core
 
 from . import second_core
 from .harness import OURS, Contender, Row
@@ -54,6 +55,7 @@ def _row(
     target: float | None,
     at_most: float | None = None,
     merges: int | None = None,
+    isa: str | None = None,
 ) -> Row:
     """``merges``: the official algorithm is stopped after so many of its merges, ours makes all of them."""
     official = "official algorithm" if merges is None else f"official algorithm, first {merges} merges"
@@ -62,7 +64,14 @@ def _row(
     def contenders() -> list[Contender]:
         similarity = related_similarity(d)
         held["similarity"] = similarity
-        found = [Contender(OURS, lambda: mf.zip_units(similarity, blocks=blocks))]
+
+        def ours() -> Any:
+            _core.use_isa(isa)
+            zipped = mf.zip_units(similarity, blocks=blocks)
+            _core.use_isa(None)
+            return zipped
+
+        found = [Contender(OURS, ours)]
         if against_official:
             pairing = None
             if blocks > 1:
@@ -81,7 +90,7 @@ def _row(
             return 0.0  # unfinished: nothing to compare; the smaller rows do
         return float((held["ours"] != _by_first_member(result)).double().mean())
 
-    case = "one block" if blocks == 1 else f"{blocks} blocks"
+    case = ("one block" if blocks == 1 else f"{blocks} blocks") + (f", {isa}" if isa else "")
     return Row(
         "zip",
         case,
@@ -113,5 +122,7 @@ def rows(quick: bool) -> Iterator[Row]:
     yield _row(1024, 32, True, 300.0)
     yield _row(2048, 32, False, None)
     yield _row(4096, 32, True, 300.0, merges=MERGES_TIMED)
+    for isa in _core.build_info()["isas_usable"][:-1]:
+        yield _row(2048, 1, False, None, isa=isa)
     yield second_core.row("zip", "one block", 4096, prepared, (4096, 1), rounds=3)
     yield second_core.row("zip", "32 blocks", 4096, prepared, (4096, 32), rounds=3)

@@ -29,14 +29,19 @@ class Lists(Protocol):
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def as_known(tensor: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as types that the kernels know: complex ones as pairs, others that are only moved as integers."""
+    if tensor.is_floating_point() and tensor.element_size() > 1:
+        return tensor, out
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj()), torch.view_as_real(out)
+    moved = _SAME_SIZE[tensor.element_size()]
+    return tensor.view(moved), out.view(moved)
+
+
 def regroup(tensor: Tensor, out: Tensor, dim: int, ptr: Tensor, members: Tensor, scale: Tensor | None) -> None:
     """Fill ``out`` with the regrouped ``tensor``; see ``mudsc_fast.regroup``."""
-    if not (tensor.is_floating_point() and tensor.element_size() > 1):
-        if tensor.is_complex():
-            tensor, out = torch.view_as_real(tensor.resolve_conj()), torch.view_as_real(out)
-        else:
-            moved = _SAME_SIZE[tensor.element_size()]
-            tensor, out = tensor.view(moved), out.view(moved)
+    tensor, out = as_known(tensor, out)
     _core.regroup(tensor, out, dim, ptr, members, scale, torch.get_num_threads())
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import _core
+from mudsc_fast.backends.cpu import as_known
 
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Statuses of the kernels, as csrc/cuda/launch.h numbers them.
 _OK, _NOT_FINITE, _NOT_SYMMETRIC, _INFEASIBLE = range(4)
 
@@ -15,12 +15,7 @@ _OK, _NOT_FINITE, _NOT_SYMMETRIC, _INFEASIBLE = range(4)
 def regroup(tensor: Tensor, out: Tensor, dim: int, ptr: Tensor, members: Tensor, scale: Tensor | None) -> None:
     """Fill ``out`` with the regrouped ``tensor``; see ``mudsc_fast.regroup``."""
     device = tensor.device
-    if not (tensor.is_floating_point() and tensor.element_size() > 1):
-        if tensor.is_complex():
-            tensor, out = torch.view_as_real(tensor.resolve_conj()), torch.view_as_real(out)
-        else:
-            moved = _SAME_SIZE[tensor.element_size()]
-            tensor, out = tensor.view(moved), out.view(moved)
+    tensor, out = as_known(tensor, out)
     moved_scale = None if scale is None else scale.to(device)
     single = bool((ptr.diff() == 1).all())
     _core.regroup_cuda(tensor, out, dim, ptr.to(device), members.to(device), moved_scale, single, _stream(device))

@@ -35,7 +35,7 @@ struct Mover {
     const Plan& p;
 
     // Runs of inner elements that are contiguous on both sides.
-    void contiguous(T* out, const T* in, int64_t j0, int64_t j1, const Ahead& ahead) const {
+    void contiguous(T* out, const T* in, int64_t j0, int64_t j1, Ahead ahead) const {
         const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = p.l.inner * size;
         if (p.packed && p.near != nullptr && bytes <= 128) {
             const int64_t readable = p.in_units * p.l.inner;
@@ -56,7 +56,7 @@ struct Mover {
             }
             const char* from = reinterpret_cast<const char*>(in + p.at[first]);
             if (bytes <= kShort) {
-                ahead.ask(j, to);
+                if ((j - j0) % Ahead::kGroup == 0) ahead.ask(to);
                 copy_short(to, from, bytes);
             } else {
                 const bool more = first + 1 < p.a.ptr[p.l.units];
@@ -109,7 +109,7 @@ struct Summer {
         }
     }
 
-    void contiguous(T* out, const T* in, int64_t j0, int64_t j1, const Ahead& ahead) const {
+    void contiguous(T* out, const T* in, int64_t j0, int64_t j1, Ahead ahead) const {
         if (p.packed && p.near != nullptr && p.l.inner <= kWide) {
             const int64_t readable = p.in_units * p.l.inner;
             const auto by = [this](int64_t j) { return factor(j); };
@@ -226,11 +226,12 @@ void strided(const Worker& work, int64_t o, int64_t j0, int64_t j1) {
     if (l.inner_in == 1 && l.inner_out == 1) {
         int64_t next_at, ignored;
         offsets(l, min64(o + 1, l.outer - 1), &next_at, &ignored);
-        const int64_t bytes = l.inner * static_cast<int64_t>(sizeof(T)), group = max64(1, kCacheLine / bytes);
-        const int64_t row = work.p.in_units * llabs(l.unit_in) * static_cast<int64_t>(sizeof(T));
-        const int64_t lines = ceil_div(ceil_div(row, ceil_div(l.units, group)), kCacheLine);
+        const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = l.inner * size;
+        const int64_t row = work.p.in_units * llabs(l.unit_in) * size, groups = ceil_div(l.units, Ahead::kGroup);
+        const int64_t in_lines = min64(ceil_div(row, groups * kCacheLine), 64);
         const char* next = reinterpret_cast<const char*>(static_cast<const T*>(work.p.a.in) + next_at);
-        work.contiguous(out, in, j0, j1, Ahead{next, min64(lines, 4), group});
+        next += j0 / Ahead::kGroup * in_lines * kCacheLine;
+        work.contiguous(out, in, j0, j1, Ahead{next, in_lines, ceil_div(Ahead::kGroup * bytes, kCacheLine)});
         return;
     }
     for (int64_t j = j0; j < j1; ++j) {

@@ -145,19 +145,21 @@ inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, cons
     memcpy(out + last, in + last, kCacheLine);
 }
 
-// Asks for what short runs need soon, a line's worth of units at a time: neither what is read in any order nor what is
-// written in pieces is foreseen by the hardware.
+// Asks for what short runs need soon, a group of units at a time: neither what is read in any order nor what is written
+// in pieces is foreseen by the hardware.
 struct Ahead {
-    const char* next;  // what is read after this row
-    int64_t lines;     // of it for each group of units
-    int64_t group;     // units that fill a line of the output
+    static constexpr int64_t kGroup = 16;
+    const char* from;   // in what is read after this row
+    int64_t in_lines;   // of it for each group
+    int64_t out_lines;  // that a group fills
 
-    // `done` units of the row are written, and the following begins at `to`.
-    void ask(int64_t done, const void* to) const {
+    // The next group is written from `to` on.
+    void ask(const void* to) {
         constexpr int64_t kAhead = 2048;
-        const char* from = next + done / group * lines * kCacheLine;
-        for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
-        __builtin_prefetch(static_cast<const char*>(to) + kAhead, 1, 3);
+        for (int64_t i = 0; i < in_lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
+        from += in_lines * kCacheLine;
+        const char* at = static_cast<const char*>(to) + kAhead;
+        for (int64_t i = 0; i < out_lines; ++i) __builtin_prefetch(at + i * kCacheLine, 1, 3);
     }
 };
 

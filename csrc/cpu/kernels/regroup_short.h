@@ -151,7 +151,7 @@ struct WideSum<f16> {
 // sides. `at` is where each member lies; reads of up to `readable` elements from `in` on are allowed.
 template <int Width, typename T>
 void move_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, bool full, int64_t inner, int64_t readable,
-                int64_t j0, int64_t j1, const Ahead& ahead) {
+                int64_t j0, int64_t j1, Ahead ahead) {
     constexpr int64_t size = static_cast<int64_t>(sizeof(T)), kElements = (Width + size - 1) / size;
     const int64_t safe = max64(j0, j1 - ceil_div(Width, inner * size));  // from here on a vector reaches past j1
     const int64_t last = readable - kElements, bytes = inner * size;
@@ -166,15 +166,15 @@ void move_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, bool
     };
     if (full) {
         int64_t j = j0;
-        for (; j + ahead.group <= safe;) {
-            ahead.ask(j, to);
-            for (const int64_t stop = j + ahead.group; j < stop; ++j) move(at[j], true);
+        for (; j + Ahead::kGroup <= safe;) {
+            ahead.ask(to);
+            for (const int64_t stop = j + Ahead::kGroup; j < stop; ++j) move(at[j], true);
         }
         for (; j < j1; ++j) move(at[j], j < safe);
         return;
     }
     for (int64_t j = j0; j < j1; ++j) {
-        if (j % ahead.group == 0) ahead.ask(j, to);
+        if ((j - j0) % Ahead::kGroup == 0) ahead.ask(to);
         if (ptr[j] < ptr[j + 1]) {
             move(at[ptr[j]], j < safe);
         } else {
@@ -187,16 +187,23 @@ void move_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, bool
 // The same, summed and scaled, for units of at most kWide elements.
 template <typename T, typename Acc, typename Factor>
 void sum_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, const Factor& factor, int64_t inner,
-               int64_t readable, int64_t j0, int64_t j1, const Ahead& ahead) {
+               int64_t readable, int64_t j0, int64_t j1, Ahead ahead) {
     const int64_t safe = max64(j0, j1 - ceil_div(kWide, inner)), last = readable - kWide;
     const size_t bytes = static_cast<size_t>(inner) * sizeof(T);
     T part[kWide] = {};
     T* to = out + j0 * inner;
     int64_t m = ptr[j0];
     for (int64_t j = j0; j < j1;) {
-        ahead.ask(j, to);
-        for (const int64_t stop = min64(j + ahead.group, j1); j < stop; ++j, to += inner) {
+        ahead.ask(to);
+        for (const int64_t stop = min64(j + Ahead::kGroup, j1); j < stop; ++j, to += inner) {
             WideSum<T> sum;
+            if (ptr[j + 1] - m == 2 && at[m] <= last && at[m + 1] <= last && j < safe) {  // the usual zip
+                sum.add(in + at[m]);
+                sum.add(in + at[m + 1]);
+                sum.store(to, factor(j));
+                m += 2;
+                continue;
+            }
             for (const int64_t end = ptr[j + 1]; m < end; ++m) {
                 if (at[m] <= last) {
                     sum.add(in + at[m]);

@@ -50,7 +50,7 @@ def merge_best(
     balances: Sequence[float] = BALANCES,
     output: str | None = None,
     ridge: float = 0.01,
-    judged_on: int = 2,
+    judged_on: int | None = None,
     device: torch.device | str | None = None,
     progress: Progress = True,
     **options: Any,
@@ -62,7 +62,8 @@ def merge_best(
     candidates: "zip" (its balance found by `search_balance` with the agreement of decoded, rescaled nets) and
         "select". balances: tried for the zip. output, ridge: as for `refit`; None is "heads" where there are heads,
         else "unit".
-    judged_on: how many of the batches the agreement is measured on. options: for `match`.
+    judged_on: how many of the batches the agreement is measured on; None is half of them, two at least.
+    options: for `match`.
 
     Returns a Best. Raises ValueError or TypeError as the single steps do.
     """
@@ -74,6 +75,10 @@ def merge_best(
     batches = list(check_batches(batches))
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
+    if judged_on is None:
+        judged_on = max(2, len(batches) // 2)
+    if isinstance(judged_on, bool) or not isinstance(judged_on, int) or judged_on < 1:
+        raise ValueError(f"judged_on: expected an integer >= 1, got {judged_on!r}")
     few = batches[:judged_on]
     with placed(models, None if device is None else torch.device(device)):
         states = [model.state_dict() for model in models]

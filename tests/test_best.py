@@ -177,6 +177,7 @@ def test_best_uses_the_heads() -> None:
         ({"heads": [torch.ones(2, 7)] * 2}, (ValueError, RuntimeError), "heads|shapes"),
         ({"candidates": ["align"]}, ValueError, "candidates"),
         ({"candidates": []}, ValueError, "candidates"),
+        ({"judged_on": 0}, ValueError, "judged_on"),
     ],
 )
 def test_bad_input_of_best(options: dict[str, Any], kind: Any, words: str) -> None:

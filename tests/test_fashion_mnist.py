@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from fashion_mnist import data, evaluate, heterogeneous, heterogeneous_evaluation, methods, parents, table, train
+from fashion_mnist import (
+    data,
+    evaluate,
+    heterogeneous,
+    heterogeneous_evaluation,
+    landscapes,
+    methods,
+    parents,
+    plots,
+    table,
+    train,
+)
 from fashion_mnist.__main__ import main
 from networks import MLP
 
@@ -53,7 +64,7 @@ def test_missing_and_damaged_files_are_named(files: Path) -> None:
 
 
 def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (parents, evaluate, train, table):
+    for module in (parents, evaluate, landscapes, plots, train, table):
         monkeypatch.setattr(module, "NETWORKS", {"mlp": NETWORK})
     monkeypatch.setattr(heterogeneous, "EPOCHS", 1)
     cache, document, results = tmp_path / "cache", tmp_path / "quality.md", tmp_path / "quality.json"
@@ -82,6 +93,15 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     assert rows["best, heads known"]["mean"] > rows["average"]["mean"]
     found = heterogeneous_evaluation.evaluate(0, data.load(files), cache, 200, 1)
     assert json.loads(found.read_text())["rows"]["parents"]["share"] == pytest.approx(1.0)
+    figures = tmp_path / "figures"
+    drawn = ["landscape", *where, "--network", "mlp", "--images", "200", "--every", "1", "--resolution", "3"]
+    run(*drawn, "--figures", str(figures))
+    summary = json.loads((cache / "landscapes/mlp.summary.json").read_text())
+    assert set(summary["landscapes"]) == set(landscapes.MERGES.values())
+    for found in summary["landscapes"].values():
+        own, other = (found["losses"][name]["classes 0-4"] for name in "AB")
+        assert own < other
+        assert found["inside"] == (found["share"] <= 0.1)
     document.write_text("before <!-- halves -->\nold\n<!-- /halves --> after\n<!-- targets --><!-- /targets -->\n")
     output = run("table", "--cache", str(cache), "--results", str(results), "--document", str(document))
     written = document.read_text()
@@ -90,6 +110,11 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     assert "| MuDSC zip |" in written
     assert "reached" in written
     assert "heterogeneous" in output
+    assert "| mlp | MuDSC zip |" in output
+    run("plots", "--results", str(results), "--figures", str(figures))
+    for name in ("methods-halves", "landscape-mlp-zip", "landscape-mlp-best", "paths-mlp"):
+        assert (figures / f"{name}.png").stat().st_size > 5000
+        assert (figures / f"{name}.svg").stat().st_size > 5000
     assert json.loads(results.read_text())["results"]["halves"]["mlp"]["0"]["rows"]["parents"] == rows["parents"]
 
 

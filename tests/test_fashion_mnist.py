@@ -99,9 +99,11 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     summary = json.loads((cache / "landscapes/mlp.summary.json").read_text())
     assert set(summary["landscapes"]) == set(landscapes.MERGES.values())
     for found in summary["landscapes"].values():
-        own, other = (found["losses"][name]["classes 0-4"] for name in "AB")
-        assert own < other
         assert found["inside"] == (found["share"] <= 0.1)
+    # The parents stand in another unit order in each landscape, and are the same functions.
+    first, second = ([found["losses"][n] for n in "AB"] for found in summary["landscapes"].values())
+    assert first[0] == pytest.approx(second[0], rel=1e-4)
+    assert first[1] == pytest.approx(second[1], rel=1e-4)
     document.write_text("before <!-- halves -->\nold\n<!-- /halves --> after\n<!-- targets --><!-- /targets -->\n")
     output = run("table", "--cache", str(cache), "--results", str(results), "--document", str(document))
     written = document.read_text()

@@ -28,6 +28,8 @@ class OfficialMatch:
     ) -> None:
         self.spec, self.activations, self.method, self.balance = spec, activations, method, balance
         self.states = [_split(state, spec) for state in states]
+        # Every axis by the tensors that it is on: an axis of a fused tensor is one of each of its parts.
+        self.axes = {space.name: [(n, a) for a in space.axes for n in _parts(a, spec)] for space in spec.spaces}
         self.labels: dict[str, Tensor] = {}
         self.matrices: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -52,19 +54,34 @@ class OfficialMatch:
                 worse += 1
                 if worse >= patience:
                     break
+        self.labels, self.matrices = best
         return best[0]
+
+    def merge(self) -> dict[str, Tensor]:
+        """The mean of both models' tensors, each multiplied by the dense matrices of its axes."""
+        on: dict[str, list[tuple[str, mf.Axis]]] = {}
+        for space_name, axes in self.axes.items():
+            for name, axis in axes:
+                on.setdefault(name, []).append((space_name, axis))
+        merged = {}
+        for name in self.states[0]:
+            tensors = [state[name] for state in self.states]
+            for space_name, axis in on.get(name, ()):
+                matrix = self.matrices[space_name][0 if axis.role == "out" else 1]
+                tensors = [_times(t, m, axis.dim) for t, m in zip(tensors, matrix.chunk(2), strict=True)]
+            merged[name] = sum(tensors[1:], tensors[0]) / len(tensors)
+        return merged
 
     def _weights(self, space: mf.Space) -> Tensor:
         rows: list[list[Tensor]] = [[], []]
-        for axis in space.axes:
+        for name, axis in self.axes[space.name]:
             if not axis.compare:
                 continue
-            name = _name(axis)
             tensors = [state[name] for state in self.states]
-            for other in self.spec.spaces:
-                for near in other.axes:
-                    if _name(near) == name and near.dim != axis.dim and other.name in self.matrices:
-                        matrix = self.matrices[other.name][0 if near.role == "in" else 1]
+            for other, axes in self.axes.items():
+                for near_name, near in axes:
+                    if near_name == name and near.dim != axis.dim and other in self.matrices:
+                        matrix = self.matrices[other][0 if near.role == "in" else 1]
                         tensors = [_times(t, m, near.dim) for t, m in zip(tensors, matrix.chunk(2), strict=True)]
             for m, tensor in enumerate(tensors):
                 rows[m].append(tensor.transpose(axis.dim, 0).reshape(tensor.shape[axis.dim], -1))
@@ -98,6 +115,14 @@ def _name(axis: mf.Axis) -> str:
     return axis.tensor if axis.pick is None else f"{axis.tensor}_{axis.pick[1]}"
 
 
+def _parts(axis: mf.Axis, spec: mf.PermutationSpec) -> list[str]:
+    """The tensors that an axis is on, after fused ones were cut."""
+    if axis.pick is not None:
+        return [_name(axis)]
+    picked = [other for space in spec.spaces for other in space.axes if other.tensor == axis.tensor and other.pick]
+    return list(dict.fromkeys(_name(other) for other in picked)) or [axis.tensor]
+
+
 def _split(state: Mapping[str, Tensor], spec: mf.PermutationSpec) -> dict[str, Tensor]:
     """Fused tensors cut into their parts, as the published code does before it starts."""
     parts = dict(state)
@@ -106,6 +131,7 @@ def _split(state: Mapping[str, Tensor], spec: mf.PermutationSpec) -> dict[str, T
             if axis.pick is not None and axis.view is not None:
                 whole = state[axis.tensor]
                 parts[_name(axis)] = whole.chunk(axis.view[0], dim=0)[axis.pick[1]]
+                parts.pop(axis.tensor, None)
     return parts
 
 

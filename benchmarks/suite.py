@@ -34,7 +34,7 @@ def run(
 ) -> tuple[list[Result], dict[str, Any], list[str]]:
     """Run the rows of some ops; returns the results, a description of the run, and what went wrong.
 
-    keep: a file for what there is after each op.
+    keep: a file for what there is after each row.
     """
     say = say or (lambda text: None)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when scipy is first imported: its rows count one thread
@@ -56,11 +56,11 @@ def run(
                 say(f"FAILED {failures[-1]}")
                 continue
             say(line(results[-1]))
+            if keep is not None:  # a run that is cut off leaves the rows that it has finished
+                save(keep, results, _about(results, limits, start, quick), failures)
         for result in module.summaries(results) if hasattr(module, "summaries") else ():
             results.append(result)
             say(line(result))
-        if keep is not None:  # a run that is cut off leaves the ops that it has finished
-            save(keep, results, _about(results, limits, start, quick), failures)
     return results, _about(results, limits, start, quick), failures
 
 

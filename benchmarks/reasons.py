@@ -28,7 +28,7 @@ _REASONS = (
     (
         "similarity",
         "permutation",
-        "columns in another order are gathered one by one, twice: for the norms, for the product",
+        "columns in another order are gathered one by one",
     ),
     ("similarity", "", "narrow: packing and norms, which grow with the columns alone, beside the product"),
     ("covariance", "in batches of 1", "Python's price for a call on each row"),
@@ -41,9 +41,9 @@ _REASONS = (
     (
         "pipeline",
         "width 64 zip",
-        "the products of its weights, 7.5 GFLOP, take two thirds of the time, at nine tenths of the core's float32 peak",
+        "the products of its weights, 7.5 GFLOP, take two thirds of the time, at nine tenths of this core's peak",
     ),
-    ("pipeline", "", "similarities and zips of a few dozen units: packing, calls and checks beside little arithmetic"),
+    ("pipeline", "", "similarities and zips of a few dozen units: packing and checks beside little arithmetic"),
 )
 
 

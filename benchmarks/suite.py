@@ -61,6 +61,8 @@ def run(
         for result in module.summaries(results) if hasattr(module, "summaries") else ():
             results.append(result)
             say(line(result))
+        if keep is not None:
+            save(keep, results, _about(results, limits, start, quick), failures)
     return results, _about(results, limits, start, quick), failures
 
 

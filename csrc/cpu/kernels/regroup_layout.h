@@ -156,7 +156,7 @@ struct Ahead {
     // The next group is written from `to` on.
     void ask(const void* to) {
         constexpr int64_t kAhead = 2048;
-        for (int64_t i = 0; i < in_lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
+        for (int64_t i = 0; i < in_lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
         from += in_lines * kCacheLine;
         const char* at = static_cast<const char*>(to) + kAhead;
         for (int64_t i = 0; i < out_lines; ++i) __builtin_prefetch(at + i * kCacheLine, 1, 3);

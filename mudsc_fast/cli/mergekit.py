@@ -108,6 +108,7 @@ def _check_keys(document: Document, schema: Any, plain: Any) -> None:
 
 def _say_what_would_be_done(config: Any, merge_options: Any, section: MudscSection) -> None:
     from mudsc_fast.adapters.mergekit import prepare
+    from mudsc_fast.workplan import in_words
 
     prepared = prepare(config, merge_options, section)
     if prepared is None:
@@ -118,10 +119,10 @@ def _say_what_would_be_done(config: Any, merge_options: Any, section: MudscSecti
         widest = max(space.width for space in spec.spaces)
         click.echo(
             f"would match {source.model} to {base.model}: {len(spec.spaces)} spaces, the widest of {widest} units "
-            f"(similarities of {4 * widest**2 / 2**20:.0f} MiB), reading {source.checkpoint.nbytes / 2**30:.2f} GiB"
+            f"(similarities of {in_words(4 * widest**2)}), reading {in_words(source.checkpoint.nbytes)}"
         )
-    size = base.checkpoint.nbytes / 2**30
-    click.echo(f"would then run mergekit's {config.merge_method}, writing about {size:.2f} GiB")
+    size = in_words(base.checkpoint.nbytes)
+    click.echo(f"would then run mergekit's {config.merge_method}, writing about {size}")
 
 
 def read_config(path: Path) -> tuple[Document, MudscSection]:

@@ -42,15 +42,15 @@ def draw_landscape(found: Landscape, stem: Path, share: float = LOW) -> list[Pat
         panel.set_title(f"{task}: loss")
         _mark(panel, found)
     last = panels[-1]
-    inside = np.ones((len(found.ys), len(found.xs)), dtype=bool)
     for task, colour in zip(tasks, _cycle(len(tasks)), strict=True):
-        inside &= grids[task].filled(np.inf) <= lows[task]
         if grids[task].min() < lows[task] < grids[task].max():
             last.contour(found.xs, found.ys, grids[task], [lows[task]], colors=colour, linewidths=2)
             last.contourf(found.xs, found.ys, grids[task], [grids[task].min(), lows[task]], colors=[colour], alpha=0.2)
         last.plot([], [], color=colour, label=f"{task} low (under {lows[task]:.2g})")
-    if inside.any() and not inside.all():
-        last.contourf(found.xs, found.ys, inside.astype(float), [0.5, 1.5], colors=["#f0e442"], alpha=0.6)
+    # How far the worst task is above what is low; inside the overlap no task is.
+    above = np.ma.max(np.ma.stack([grids[task] - lows[task] for task in tasks]), axis=0)
+    if above.min() < 0 < above.max():
+        last.contourf(found.xs, found.ys, above, [above.min(), 0], colors=["#f0e442"], alpha=0.6)
     merged = list(found.points)[-1]
     last.set_title(f"overlap of all tasks; {merged} is {'inside' if found.in_overlap(merged, share) else 'outside'}")
     _mark(last, found)

@@ -31,10 +31,12 @@ def run(
     quick: bool = False,
     say: Callable[[str], None] | None = None,
     keep: Path | None = None,
+    cases: Sequence[str] = (),
 ) -> tuple[list[Result], dict[str, Any], list[str]]:
     """Run the rows of some ops; returns the results, a description of the run, and what went wrong.
 
     keep: a file for what there is after each row.
+    cases: texts; only rows whose case begins with one of them are run. None given: all.
     """
     say = say or (lambda text: None)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when scipy is first imported: its rows count one thread
@@ -45,6 +47,8 @@ def run(
     for op in ops:
         module = importlib.import_module(f".bench_{op}", __package__)
         for row in module.rows(quick):
+            if cases and not row.case.startswith(tuple(cases)):
+                continue
             try:
                 results.append(run_row(row, limits, budget=2.0 if quick else 6.0))
             except WrongResult as error:
@@ -58,7 +62,7 @@ def run(
             say(line(results[-1]))
             if keep is not None:  # a run that is cut off leaves the rows that it has finished
                 save(keep, results, _about(results, limits, start, quick), failures)
-        for result in module.summaries(results) if hasattr(module, "summaries") else ():
+        for result in module.summaries(results) if hasattr(module, "summaries") and not cases else ():
             results.append(result)
             say(line(result))
         if keep is not None:

@@ -102,11 +102,15 @@ def test_peers_that_would_take_minutes_are_told_apart() -> None:
     assert second.target == 1.0
     result = run_row(second, {}, budget=0.05)
     assert "scipy" not in result.ratios
-    assert result.missing["scipy"].startswith("not run: 1.71 s at 16")
+    assert result.missing["scipy"].startswith("not run: 0.857 s at 16")
     family.now = {"scipy": bench_assign.LONGEST, "lapjv": bench_assign.LONGEST / 2}
     third = family.row(64)
     assert third.target is None
     assert third.at_most == bench_assign.LONGEST / 2
+    left_out = run_row(third, {}, budget=0.05)
+    assert not left_out.ratios
+    assert left_out.missing["scipy"].startswith("not run: 6 s at 32")
+    assert left_out.missing["lapx lapjv"] == "not run: already left out at 32" or not first.ratios.get("lapx lapjv")
 
 
 def test_summary_of_large_assignments() -> None:
@@ -146,6 +150,11 @@ def test_command_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.Monk
     assert saved["ceilings"] == {"flop": 1e11, "byte": 1e10}
     assert saved["config"]["isas_usable"]
     assert (tmp_path / "plots" / "zip.png").stat().st_size > 1000
+    ran = CliRunner().invoke(cli, ["bench", "--op", "zip", "--case", "ca"], standalone_mode=False)
+    assert "3 rows" in ran.output
+    ran = CliRunner().invoke(cli, ["bench", "--op", "zip", "--case", "se"])
+    assert ran.exit_code == 2
+    assert "no row begins with 'se'" in ran.output
 
 
 def test_command_fails_when_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

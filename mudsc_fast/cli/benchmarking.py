@@ -16,11 +16,16 @@ from mudsc_fast.cli import options
 @click.command(short_help="Measure the kernels against their peers.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller rows: under two minutes.")
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op; may be given several times.")
+@click.option(
+    "--case", "cases", multiple=True, metavar="TEXT", help="Only rows whose case begins so; several times too."
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures here.")
 @click.option("--plot", "plot_folder", type=click.Path(path_type=Path, file_okay=False), help="Draw them in here.")
 @options.quiet
 @options.debug
-def bench(quick: bool, ops: tuple[str, ...], json_path: Path | None, plot_folder: Path | None) -> int:
+def bench(
+    quick: bool, ops: tuple[str, ...], cases: tuple[str, ...], json_path: Path | None, plot_folder: Path | None
+) -> int:
     """Measure the kernels against their peers, on this machine.
 
     Every row first checks that all contenders give the right result, then times them in turns, so that a machine that
@@ -42,7 +47,9 @@ def bench(quick: bool, ops: tuple[str, ...], json_path: Path | None, plot_folder
     if plot_folder is not None and importlib.util.find_spec("matplotlib") is None:
         raise click.UsageError("--plot: needs matplotlib; pip install 'mudsc-fast[plot]'")
     quiet = options.settings().quiet
-    results, about, failures = suite.run(ops or suite.OPS, quick, None if quiet else click.echo, json_path)
+    results, about, failures = suite.run(ops or suite.OPS, quick, None if quiet else click.echo, json_path, cases)
+    if not results and not failures:
+        raise click.UsageError(f"--case: no row begins with {' or '.join(map(repr, cases))}")
     for fit in about["exponents"]:
         most = "" if fit["target"] is None else f" (target at most {fit['target']:g})"
         click.echo(f"growth  {fit['op']} {fit['case']} x{fit['threads']}: size^{fit['exponent']:.2f}{most}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .reasons import reason
 from .suite import as_time
 
 HEAD = "| kernel | case | size | ours | against | ratio | target | met | share of ceiling | extra MiB |"
@@ -19,7 +20,7 @@ def table(results: Mapping[str, Any]) -> str:
     parts = []
     low = [row for row in rows if row["met"] is False]
     if low:
-        lines = [_cells(row) + f" {row.get('reason') or ''} |" for row in low]
+        lines = [_cells(row) + f" {reason(row['op'], row['case'])} |" for row in low]
         parts += ["Below target:", "\n".join([HEAD + " reason |", "|---" * 11 + "|", *lines])]
     for title, met in (("Target met:", True), ("Measured without a target:", None)):
         kept = [_cells(row) for row in rows if row["met"] is met]

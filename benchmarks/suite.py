@@ -134,7 +134,7 @@ def as_time(value: float) -> str:
 
 def save(path: Path, results: Iterable[Result], about: dict[str, Any], failures: Sequence[str]) -> None:
     """Write one JSON file with everything a reader needs to judge the numbers."""
-    rows = [{**r.to_json(), "reason": reason(r) if r.met is False else None} for r in results]
+    rows = [{**r.to_json(), "reason": reason(r.op, r.case) if r.met is False else None} for r in results]
     content = {**about, "failures": list(failures), "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -57,7 +57,7 @@ def bench(
     judged = [r for r in results if r.met is not None]
     click.echo(f"{len(results)} rows, {len(judged) - len(low)} of {len(judged)} targets met, {len(failures)} wrong")
     for row in low:
-        click.echo(f"below target: {suite.line(row)}\n    because: {suite.reason(row)}")
+        click.echo(f"below target: {suite.line(row)}\n    because: {suite.reason(row.op, row.case)}")
     if json_path is not None:
         suite.save(json_path, results, about, failures)
     if plot_folder is not None:

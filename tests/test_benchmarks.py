@@ -34,7 +34,8 @@ def test_ratio_is_of_times_taken_in_turns() -> None:
         return Contender(name, run)
 
     result = run_row(row([taking(OURS, 0.01), taking("slow", 0.03)], target=2.0, rounds=4))
-    assert order == [OURS, "slow"] * 5
+    assert order[:2] == [OURS, "slow"]  # checked
+    assert order[-8:] == [OURS, "slow"] * 4
     assert 2.0 < result.ratios["slow"] < 3.5
     assert result.met
     assert result.measured == result.ratios["slow"]
@@ -90,27 +91,27 @@ def test_every_op_has_rows_that_are_right(op: str) -> None:
     assert max(result.errors.values()) <= chosen.tolerance
 
 
-def test_peers_that_would_take_minutes_are_told_apart() -> None:
+def test_peers_that_would_take_minutes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    scipy = bench_assign.ASSIGNMENT_PEERS["scipy"]
+    monkeypatch.setattr(bench_assign, "ASSIGNMENT_PEERS", dict.fromkeys(("scipy", "second", "third"), scipy))
     family = bench_assign._Family("related")
     first = run_row(family.row(16), {}, budget=0.05)
-    assert not first.missing or all("pip install" in why for why in first.missing.values())
-    assert set(family.now) == set(first.ratios)
-    family.now = dict.fromkeys(family.now, 0.002)
-    family.now["scipy"] = bench_assign.LONGEST / 7
-    second = family.row(32)
-    assert second.at_most is None
-    assert second.target == 1.0
-    result = run_row(second, {}, budget=0.05)
-    assert "scipy" not in result.ratios
+    assert set(family.now) == set(first.ratios) == {"scipy", "second", "third"}
+    family.now = {"scipy": bench_assign.LONGEST / 7, "second": 0.002, "third": 0.002}
+    at_32 = family.row(32)
+    assert at_32.at_most is None
+    assert at_32.target == 1.0
+    result = run_row(at_32, {}, budget=0.05)
+    assert set(result.ratios) == {"second", "third"}
     assert result.missing["scipy"].startswith("not run: 0.857 s at 16")
-    family.now = {"scipy": bench_assign.LONGEST, "lapjv": bench_assign.LONGEST / 2}
-    third = family.row(64)
-    assert third.target is None
-    assert third.at_most == bench_assign.LONGEST / 2
-    left_out = run_row(third, {}, budget=0.05)
-    assert not left_out.ratios
-    assert left_out.missing["scipy"].startswith("not run: 6 s at 32")
-    assert left_out.missing["lapx lapjv"] == "not run: already left out at 32" or not first.ratios.get("lapx lapjv")
+    family.now = {"second": bench_assign.LONGEST, "third": bench_assign.LONGEST / 2}
+    at_64 = family.row(64)
+    assert at_64.target is None
+    assert at_64.at_most == bench_assign.LONGEST / 2
+    result = run_row(at_64, {}, budget=0.05)
+    assert not result.ratios
+    assert result.missing["second"].startswith("not run: 6 s at 32")
+    assert result.missing["scipy"] == "not run: already left out at 32"
 
 
 def test_summary_of_large_assignments() -> None:

@@ -29,7 +29,11 @@ _REASONS = (
         "columns in another order are gathered one by one",
     ),
     ("similarity", "", "narrow: packing and norms, which grow with the columns alone, beside the product"),
-    ("covariance", "in batches of", "each call costs 12 us of checks and Python, measured; a row's products in bfloat16 take 5"),
+    (
+        "covariance",
+        "in batches of",
+        "each call costs 12 us of checks and Python; a row takes 5",
+    ),
     (
         "covariance",
         "OpenBLAS",
@@ -45,6 +49,21 @@ _REASONS = (
         "pipeline",
         "width 64 zip",
         "the products of its weights, 7.5 GFLOP, take two thirds of the time, at nine tenths of this core's peak",
+    ),
+    (
+        "zip",
+        "second core",
+        "copying and mirroring run on both cores; merges wait for each other, and blocks are taken one by one",
+    ),
+    (
+        "assign",
+        "second core",
+        "lists are made on both cores; searches for paths wait for each other",
+    ),
+    (
+        "assign",
+        "product",
+        "the limit is what the quickest peer took at 2048 units, the last size at which one was run",
     ),
     ("assign", "related", "a call costs 2.7 us in Python, beside a solve of 2 to 3 us"),
     ("pipeline", "", "similarities and zips of a few dozen units: packing and checks beside little arithmetic"),

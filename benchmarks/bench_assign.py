@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,10 @@ from .harness import OURS, Contender, Result, Row
 from .peers import ASSIGNMENT_PEERS
 
 COLD = "its own cold start"
-# Seconds that one run of a peer may take; a peer that would take longer if its time grew as the cube is not run.
-LONGEST = 6.0
+# Seconds that one run of a peer may take, and of the one that was the quickest at the size before. What takes longer,
+# as its own growth predicts, is left out.
+LONGEST = 3.0
+LONGEST_OF_QUICKEST = 15.0
 # Beyond this size only the peer that was the quickest at half of it.
 LARGEST_FOR_ALL = 8192
 
@@ -51,24 +54,32 @@ def _read(result: mf.Assignment) -> mf.Assignment:
 
 
 class _Family:
-    """The rows of one family by rising size; which peers run at a size is told by their times at the one before."""
+    """The rows of one family by rising size; which peers run at a size is told by their times at smaller ones."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.before: dict[str, float] = {}  # seconds of each peer's first run at the last size with any
-        self.before_size = 1
-        self.now: dict[str, float] = {}
-        self.now_size = 1
+        # Of each peer, by size: seconds of its first run.
+        self.seen: dict[str, dict[int, float]] = {peer: {} for peer in ASSIGNMENT_PEERS}
+
+    def predicted(self, peer: str, n: int) -> float:
+        """Seconds at n: as the peer's time grew between the last two sizes, or as the cube after one."""
+        *before, (size, taken) = self.seen[peer].items()
+        power = 3.0
+        if before:
+            smaller, less = before[-1]
+            power = min(max(math.log(taken / less) / math.log(size / smaller), 2.0), 4.0)
+        return taken * (n / size) ** power
 
     def row(self, n: int) -> Row:
         """One size. Where no peer is run, ours may take what the quickest took at a smaller size."""
-        if self.now:
-            self.before, self.before_size, self.now = self.now, self.now_size, {}
-        self.now_size = n
         best = _Best()
         held: dict[str, Tensor] = {}
-        why_not = {peer: self._why_not(peer, n) for peer in ASSIGNMENT_PEERS} if self.before else {}
+        last = {peer: max(seen) for peer, seen in self.seen.items() if seen}
+        why_not = {peer: self._why_not(peer, n) for peer in ASSIGNMENT_PEERS} if last else {}
         none_runs = bool(why_not) and all(why_not.values())
+        # Every solver reads every entry, so that its time grows as the square at the least.
+        bounds = {peer: self.seen[peer][size] * (n / size) ** 2 for peer, size in last.items()}
+        quickest = min(bounds, key=lambda peer: bounds[peer]) if none_runs else ""
 
         def contenders() -> list[Contender]:
             similarity = FAMILIES[self.name](n, torch.Generator().manual_seed(n))
@@ -92,8 +103,8 @@ class _Family:
             target=None if none_runs else 1.0,
             against="best",
             rounds=3 if n >= 4096 else 5,
-            at_most=min(self.before.values()) if none_runs else None,
-            note=f"target: what the quickest peer took at {self.before_size}" if none_runs else "",
+            at_most=bounds[quickest] if none_runs else None,
+            note=f"target: what {quickest} took at {last[quickest]}, grown as the square" if none_runs else "",
         )
 
     def _peers(self, similarity: Tensor, why_not: dict[str, str | None]) -> list[Contender]:
@@ -105,26 +116,33 @@ class _Family:
             if run is None:  # not installed
                 found.append(contender)
             else:
-                found.append(Contender(name, None, reason) if reason else Contender(name, self._timed(name, run)))
+                found.append(
+                    Contender(name, None, reason)
+                    if reason
+                    else Contender(name, self._timed(name, similarity.shape[0], run))
+                )
         return found
 
-    def _timed(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    def _timed(self, name: str, n: int, run: Callable[[], Any]) -> Callable[[], Any]:
         def timed() -> Any:
             start = time.perf_counter()
             result = run()
-            self.now.setdefault(name, time.perf_counter() - start)
+            self.seen[name].setdefault(n, time.perf_counter() - start)
             return result
 
         return timed
 
     def _why_not(self, peer: str, n: int) -> str | None:
-        if peer not in self.before:
-            return f"not run: already left out at {self.before_size}"
-        taken, size = self.before[peer], self.before_size
-        if taken * (n / size) ** 3 > LONGEST:
-            return f"not run: {taken:.3g} s at {size}, so perhaps over {LONGEST:g} s"
-        if n > LARGEST_FOR_ALL and taken > min(self.before.values()):
-            return f"not run: {taken:.3g} s at {size}, where another peer was quicker"
+        before = max(size for seen in self.seen.values() for size in seen)  # the last size at which any ran
+        if before not in self.seen[peer]:
+            return f"left out: already at {before}"
+        taken = {other: seen[before] for other, seen in self.seen.items() if before in seen}
+        quickest = taken[peer] == min(taken.values())
+        predicted = self.predicted(peer, n)
+        if predicted > (LONGEST_OF_QUICKEST if quickest else LONGEST):
+            return f"left out: predicted {predicted:.3g} s, {taken[peer]:.3g} s at {before}"
+        if n > LARGEST_FOR_ALL and not quickest:
+            return f"left out: {taken[peer]:.3g} s at {before}, where another was quicker"
         return None
 
 

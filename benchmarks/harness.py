@@ -13,12 +13,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 OURS = "mudsc_fast"
+
+# Seconds. What takes longer is repeated only where the row's verdict hangs on it, and ours alone only up to the second.
+LONG = 0.3
+LONGEST = 20.0
+# A ratio this many times its target does not hang on noise: what takes long then keeps its first time.
+CLEAR = 2.0
+# Rounds at the least for two contenders that take turns.
+TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Row:
         work: floating-point operations or bytes that the result needs, with ``unit`` "flop" or "byte".
         at_most: instead of a ratio, seconds that ours may take.
         memory_at_most: besides, MiB of extra memory that ours may take.
+        also: further verdicts on the same times, (case, against, target) each; each is a result of its own.
     """
 
     op: str
@@ -60,6 +69,7 @@ class Row:
     at_most: float | None = None
     memory_at_most: float | None = None
     note: str = ""
+    also: tuple[tuple[str, str, float], ...] = ()
 
 
 @dataclass
@@ -85,6 +95,7 @@ class Result:
     at_most: float | None = None
     memory_at_most: float | None = None
     note: str = ""
+    wall: dict[str, float] = field(default_factory=dict)  # seconds that the row took: "prepare", "check", "time"
 
     @property
     def met(self) -> bool | None:
@@ -121,12 +132,22 @@ def run_row(row: Row, ceilings: dict[str, float] | None = None, budget: float = 
     """Check every contender of a row, then time them in turns for at most about ``budget`` seconds."""
     result = Result(row.op, row.case, row.size, row.threads, target=row.target, against=row.against, note=row.note)
     result.at_most, result.memory_at_most = row.at_most, row.memory_at_most
+    started = time.perf_counter()
+    contenders = row.contenders()  # on all cores, as the checks are
+    prepared = time.perf_counter()
+    result.missing = {c.name: c.why_missing or "" for c in contenders if c.run is None}
+    running = [c for c in contenders if c.run is not None]
+    first = {c.name: _checked(row, c, result) for c in running}
+    checked = time.perf_counter()
     with threads_set(row.threads):
-        contenders = row.contenders()
-        result.missing = {c.name: c.why_missing or "" for c in contenders if c.run is None}
-        running = [c for c in contenders if c.run is not None]
-        first = {c.name: _checked(row, c, result) for c in running}
-        times = _take_turns(running, first, row.rounds, budget)
+        times = _take_turns(row, running, first, budget)
+    timed = time.perf_counter()
+    # A first run is both: what it took counts as timing.
+    result.wall = {
+        "prepare": prepared - started,
+        "check": checked - prepared - sum(first.values()),
+        "time": timed - checked + sum(first.values()),
+    }
     for name, taken in times.items():
         result.seconds[name] = statistics.median(taken)
         result.spread[name] = _spread(taken)
@@ -144,7 +165,7 @@ def _checked(row: Row, contender: Contender, result: Result) -> float:
     run = contender.run
     if run is None:
         return math.inf
-    with _peak_memory() as peak:
+    with threads_set(row.threads), _peak_memory() as peak:
         start = time.perf_counter()
         value = run()
         taken = time.perf_counter() - start
@@ -186,29 +207,51 @@ def _high_water() -> float:
     return _status("VmHWM:")
 
 
+def _decisive(row: Row, first: dict[str, float]) -> set[str]:
+    """The contenders on whose times the row's verdict hangs: those named, or the quickest and what comes near it."""
+    aims = [(row.against, row.target), *((against, target) for _, against, target in row.also)]
+    others = {name: taken for name, taken in first.items() if name != OURS}
+    quickest = min(others.values(), default=math.inf)
+
+    def hangs_on(name: str) -> bool:
+        least = [
+            target
+            for against, target in aims
+            if target is not None and (against == name or (against == "best" and others[name] <= 2 * quickest))
+        ]
+        return bool(least) and others[name] < CLEAR * max(least) * first[OURS]
+
+    return {name for name in others if hangs_on(name)}
+
+
 def _take_turns(
-    running: Sequence[Contender], first: dict[str, float], rounds: int, budget: float
+    row: Row, running: Sequence[Contender], first: dict[str, float], budget: float
 ) -> dict[str, list[float]]:
-    """Times of each contender. Slow ones, which alone would use up the budget, keep their first time."""
+    """Times of each contender. What takes long and decides nothing keeps its first time, that of its check."""
     times: dict[str, list[float]] = {c.name: [] for c in running}
-    slow = {name for name, taken in first.items() if taken > budget / 3 and name != OURS}
-    quick = [c for c in running if c.name not in slow]
+    decisive = _decisive(row, first)
+    once = {
+        name for name, taken in first.items() if name not in decisive and taken > (LONGEST if name == OURS else LONG)
+    }
+    turns = [c for c in running if c.name not in once]
     # A call shorter than the clock and the scheduler resolve is repeated within a turn; how often is told by its second
     # run, since the first also brought its code and data into the caches.
-    again = {c.name: _seconds(c) if first[c.name] < 2e-2 else first[c.name] for c in quick}
-    repeats = {c.name: max(1, min(1000, int(2e-3 / max(again[c.name], 1e-7)))) for c in quick}
+    again = {c.name: _seconds(c) if first[c.name] < 2e-2 else first[c.name] for c in turns}
+    repeats = {c.name: max(1, min(1000, int(2e-3 / max(again[c.name], 1e-7)))) for c in turns}
+    least = TURNS if len(turns) > 1 else 1
     start = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - start > budget:
+    for done in range(row.rounds if turns else 0):
+        passed = time.perf_counter() - start
+        if done >= least and passed * (done + 1) / done > budget:
             break
-        for c in quick:
+        for c in turns:
             if c.run is None:
                 continue
             begin = time.perf_counter()
             for _ in range(repeats[c.name]):
                 c.run()
             times[c.name].append((time.perf_counter() - begin) / repeats[c.name])
-    for name in slow:
+    for name in once:
         times[name] = [first[name]]
     return times
 
@@ -240,6 +283,14 @@ def _judge(row: Row, result: Result, times: dict[str, list[float]]) -> None:
         result.measured = min(result.ratios.values(), default=None)
     else:
         result.measured = result.ratios.get(row.against)
+
+
+def further(row: Row, result: Result) -> Iterator[Result]:
+    """The row's other verdicts, on the same times."""
+    for case, against, target in row.also:
+        if against in result.ratios:
+            measured = result.ratios[against]
+            yield replace(result, case=case, against=against, target=target, measured=measured, wall={})
 
 
 def growth(results: Iterable[Result]) -> dict[tuple[str, str, int], float]:

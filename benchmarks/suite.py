@@ -18,12 +18,14 @@ import torch
 import mudsc_fast as mf
 
 from . import ceilings
-from .harness import OURS, Result, WrongResult, growth, run_row
+from .harness import OURS, Result, WrongResult, further, growth, run_row
 from .reasons import reason
 
 # What the growth of our time with size may be.
 GROWTH_TARGETS = {("zip", "one block"): 2.2, ("zip", "32 blocks"): 2.2}
 OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
+# Seconds that each op takes on two cores (AMD Zen 4) that do nothing else: what a whole run is planned to need.
+PREDICTED = {"covariance": 100, "similarity": 60, "assign": 330, "zip": 150, "regroup": 60, "pipeline": 160}
 
 
 def run(
@@ -44,13 +46,19 @@ def run(
     results: list[Result] = []
     failures: list[str] = []
     start = time.time()
+    taken: dict[str, float] = {}
+    if not quick and not cases:
+        say(f"planned: {_minutes({op: PREDICTED[op] for op in ops})}, as measured on two cores of Zen 4")
     for op in ops:
+        began = time.time()
         module = importlib.import_module(f".bench_{op}", __package__)
         for row in module.rows(quick):
             if cases and not row.case.startswith(tuple(cases)):
                 continue
+            taken[op] = time.time() - began
             try:
-                results.append(run_row(row, limits, budget=2.0 if quick else 6.0))
+                found = run_row(row, limits, budget=2.0 if quick else 6.0)
+                made = [found, *further(row, found)]
             except WrongResult as error:
                 failures.append(str(error))
                 say(f"WRONG  {error}")
@@ -59,18 +67,31 @@ def run(
                 failures.append(f"{row.op} {row.case} {row.size}: {type(error).__name__}: {error}")
                 say(f"FAILED {failures[-1]}")
                 continue
-            say(line(results[-1]))
+            results += made
+            for result in made:
+                say(line(result))
+            taken[op] = time.time() - began
             if keep is not None:  # a run that is cut off leaves the rows that it has finished
-                save(keep, results, _about(results, limits, start, quick), failures)
+                save(keep, results, _about(results, limits, start, quick, taken), failures)
         for result in module.summaries(results) if hasattr(module, "summaries") and not cases else ():
             results.append(result)
             say(line(result))
+        taken[op] = time.time() - began
         if keep is not None:
-            save(keep, results, _about(results, limits, start, quick), failures)
-    return results, _about(results, limits, start, quick), failures
+            save(keep, results, _about(results, limits, start, quick, taken), failures)
+    say(f"took: {_minutes(taken)}")
+    return results, _about(results, limits, start, quick, taken), failures
 
 
-def _about(results: Sequence[Result], limits: dict[str, float], start: float, quick: bool) -> dict[str, Any]:
+def _minutes(seconds: dict[str, float]) -> str:
+    """Time of each op, and of all."""
+    whole = round(sum(seconds.values()))
+    return f"{whole // 60} min {whole % 60} s (" + ", ".join(f"{op} {s:.0f} s" for op, s in seconds.items()) + ")"
+
+
+def _about(
+    results: Sequence[Result], limits: dict[str, float], start: float, quick: bool, taken: dict[str, float]
+) -> dict[str, Any]:
     return {
         "config": mf.build_config(),
         "machine": _machine(),
@@ -80,6 +101,8 @@ def _about(results: Sequence[Result], limits: dict[str, float], start: float, qu
         "command": shlex.join(["mudsc-fast", *(Path(a).name if os.sep in a else a for a in sys.argv[1:])]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "seconds": time.time() - start,
+        "seconds_by_op": taken,
+        "seconds_planned": None if quick else {op: PREDICTED[op] for op in taken},
         "quick": quick,
         "ceilings": limits,
         "exponents": [
@@ -121,7 +144,10 @@ def line(result: Result) -> str:
     if result.extra_mib is not None:
         most = "" if result.memory_at_most is None else f" (at most {result.memory_at_most:.0f})"
         parts.append(f"+{result.extra_mib:.0f} MiB{most}")
-    parts += [f"{name}: missing ({why})" for name, why in result.missing.items()]
+    parts += [
+        f"{name}: {why}" if why.startswith("left out") else f"{name}: missing ({why})"
+        for name, why in result.missing.items()
+    ]
     return "  ".join(parts)
 
 

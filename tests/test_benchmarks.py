@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import adapters, bench_assign, suite
-from benchmarks.harness import OURS, Contender, Result, Row, WrongResult, growth, run_row, threads_set
+from benchmarks.harness import LONG, OURS, Contender, Result, Row, WrongResult, further, growth, run_row, threads_set
 from mudsc_fast.cli.app import cli
 
 RESULTS = json.loads((Path(adapters.__file__).parent / "results" / "adapters-cpu.json").read_text(encoding="utf-8"))
@@ -91,27 +91,59 @@ def test_every_op_has_rows_that_are_right(op: str) -> None:
     assert max(result.errors.values()) <= chosen.tolerance
 
 
+def test_long_contenders_run_once_unless_the_verdict_hangs_on_them() -> None:
+    runs: dict[str, int] = {}
+
+    def taking(name: str, seconds: float) -> Contender:
+        def run() -> float:
+            runs[name] = runs.get(name, 0) + 1
+            time.sleep(seconds)
+            return 1.0
+
+        return Contender(name, run)
+
+    contenders = [taking(OURS, 0.2), taking("near", 1.7 * LONG), taking("far", 4 * LONG), taking("unasked", 1.2 * LONG)]
+    made = row(contenders, against="near", target=2.0, also=(("case, far", "far", 2.0),), rounds=9)
+    result = run_row(made, budget=0.1)
+    assert runs == {OURS: 4, "near": 4, "far": 1, "unasked": 1}  # one to check, and three turns where it is close
+    assert result.spread["far"] == 0.0
+    assert 2.0 < result.measured < 3.0
+    assert sum(result.wall.values()) == pytest.approx(4 * (0.2 + 1.7 * LONG) + 5.2 * LONG, rel=0.3)
+    (other,) = further(made, result)
+    assert (other.case, other.against, other.measured, other.met) == ("case, far", "far", result.ratios["far"], True)
+    assert not other.wall
+
+
 def test_peers_that_would_take_minutes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     scipy = bench_assign.ASSIGNMENT_PEERS["scipy"]
     monkeypatch.setattr(bench_assign, "ASSIGNMENT_PEERS", dict.fromkeys(("scipy", "second", "third"), scipy))
     family = bench_assign._Family("related")
     first = run_row(family.row(16), {}, budget=0.05)
-    assert set(family.now) == set(first.ratios) == {"scipy", "second", "third"}
-    family.now = {"scipy": bench_assign.LONGEST / 7, "second": 0.002, "third": 0.002}
+    assert set(first.ratios) == {peer for peer, seen in family.seen.items() if 16 in seen} == set(family.seen)
+    family.seen = {"scipy": {16: 0.7}, "second": {16: 0.002}, "third": {16: 0.002}}
+    assert family.predicted("scipy", 32) == pytest.approx(8 * 0.7)
     at_32 = family.row(32)
     assert at_32.at_most is None
     assert at_32.target == 1.0
     result = run_row(at_32, {}, budget=0.05)
     assert set(result.ratios) == {"second", "third"}
-    assert result.missing["scipy"].startswith("not run: 0.857 s at 16")
-    family.now = {"second": bench_assign.LONGEST, "third": bench_assign.LONGEST / 2}
+    assert result.missing["scipy"] == "left out: predicted 5.6 s, 0.7 s at 16"
+    family.seen["second"][32], family.seen["third"][32] = 4.0, 2.0
+    assert family.predicted("third", 64) == pytest.approx(2 * 2**4)  # its own growth, as steep as is believed
     at_64 = family.row(64)
     assert at_64.target is None
-    assert at_64.at_most == bench_assign.LONGEST / 2
+    assert at_64.at_most == pytest.approx(2.0 * 2**2)
+    assert at_64.note == "target: what third took at 32, grown as the square"
     result = run_row(at_64, {}, budget=0.05)
     assert not result.ratios
-    assert result.missing["second"].startswith("not run: 6 s at 32")
-    assert result.missing["scipy"] == "not run: already left out at 32"
+    assert result.missing["second"].startswith("left out: predicted 64 s, 4 s at 32")
+    assert result.missing["scipy"] == "left out: already at 32"
+    assert "left out: already at 32" in suite.line(result)
+
+
+def test_whole_suite_is_planned_within_twenty_minutes() -> None:
+    assert set(suite.PREDICTED) == set(suite.OPS)
+    assert sum(suite.PREDICTED.values()) < 20 * 60
 
 
 def test_summary_of_large_assignments() -> None:
@@ -150,7 +182,15 @@ def test_command_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.Monk
     assert [r["size"] for r in saved["rows"]] == [8, 16, 32]
     assert saved["ceilings"] == {"flop": 1e11, "byte": 1e10}
     assert saved["config"]["isas_usable"]
+    assert saved["seconds_planned"] is None
+    assert list(saved["seconds_by_op"]) == ["zip"]
+    assert all(set(r["wall"]) == {"prepare", "check", "time"} for r in saved["rows"])
     assert (tmp_path / "plots" / "zip.png").stat().st_size > 1000
+    whole = ["bench", "--op", "zip", "--json", str(figures)]
+    ran = CliRunner().invoke(cli, whole, standalone_mode=False)
+    assert f"planned: {suite._minutes({'zip': suite.PREDICTED['zip']})}" in ran.output
+    assert "took: 0 min 0 s (zip 0 s)" in ran.output
+    assert json.loads(figures.read_text())["seconds_planned"] == {"zip": suite.PREDICTED["zip"]}
     ran = CliRunner().invoke(cli, ["bench", "--op", "zip", "--case", "ca"], standalone_mode=False)
     assert "3 rows" in ran.output
     ran = CliRunner().invoke(cli, ["bench", "--op", "zip", "--case", "se"])

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 import mudsc_fast as mf
 from mudsc_fast import _core
 
-from . import recorded, second_core
-from .families import FAMILIES
+from . import recorded, refusal, second_core
+from .families import FAMILIES, make
 from .harness import OURS, Contender, Result, Row
 from .peers import ASSIGNMENT_PEERS
 
@@ -26,6 +27,9 @@ LONGEST = 3.0
 LONGEST_OF_QUICKEST = 15.0
 # Beyond this size only the peer that was the quickest at half of it.
 LARGEST_FOR_ALL = 8192
+
+# Where NaN and infinities are looked for; of related features the first pass is nearly all there is.
+REFUSED = [(name, n) for name in ("unrelated", "related") for n in (64, 256, 1024, 4096, 8192)]
 
 # What a peer in float32 may lose against the optimum, relative to the sum taken.
 TOLERANCE = 1e-5
@@ -234,6 +238,8 @@ def rows(quick: bool) -> Iterator[Row]:
         family = _Family(name)
         for n in sizes:
             yield family.row(n)
+    for name, n in (("unrelated", 256),) if quick else REFUSED:
+        yield refusal.row("assign", name, n, partial(make, name, n))
     for width in (512,) if quick else (512, 1024):
         yield _warm(width)
     yield _batch(128 if quick else 1024, 128)

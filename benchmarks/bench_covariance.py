@@ -18,6 +18,7 @@ from .peers import official_covariance, openblas_ssyrk
 MODELS = 2
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 ADDMM, SSYRK, MM16, OFFICIAL, PLAIN = "torch addmm", "OpenBLAS ssyrk", "torch bf16 mm", "official update", "plain batch"
+WHOLE = "update with its products"
 TARGETS = {ADDMM: 2.3, SSYRK: 1.1, MM16: 1.8, OFFICIAL: 4.0}
 # What is left of the plain batch's speed, at least. Batches of one row pay Python's price for a call on each.
 NO_CLIFF = {"odd width": 0.8, "channel-first": 0.8, "channels-last": 0.8, "transposed": 0.8, 1: 0.35, 7: 0.75, 33: 0.85}
@@ -121,6 +122,7 @@ def _row(
 
     bf16 = dtype == torch.bfloat16
     case = f"{NAMES[dtype]} {kind}" + (f" in batches of {batch}" if batch else "") + (f", {isa}" if isa else "")
+    triangle = 1.0 * width * width * samples
     second = {ADDMM: SSYRK, MM16: OFFICIAL}.get(against)
     return Row(
         "covariance",
@@ -132,12 +134,44 @@ def _row(
         1e-2 if bf16 else 2e-5,
         target=None if isa else TARGETS.get(against) if target is None else target,
         against=against,
-        work=2.0 * width * width * samples / 2,
+        work=triangle,
         unit="flop bf16" if bf16 else "flop",
         rounds=5,
-        note="work counts one triangle",
+        note="work counts one triangle; torch computes both, OpenBLAS one",
+        work_of={ADDMM: 2.0 * width * width * samples, MM16: 2.0 * width * width * samples, SSYRK: triangle},
         also=() if isa or second is None else ((f"{case}, against {second}", second, TARGETS[second]),),
     )
+
+
+def _packing(width: int) -> Row:
+    """How often the packing of a block of float32 samples fits into its whole update: what is no multiplication.
+
+    Samples are packed as they come and multiplied by the block. One less than a block is packed and no more.
+    """
+    held: dict[str, Any] = {}
+    depth = _core.gram_depth
+
+    def contenders() -> list[Contender]:
+        features, _ = _features("rows", width // MODELS, depth, torch.float32, width)
+        held["less"] = [x[:-1] for x in features]
+        running = mf.Covariance(width // MODELS, MODELS)
+
+        def packed() -> mf.Covariance:
+            fresh = mf.Covariance(width // MODELS, MODELS)
+            fresh.update(held["less"])
+            return fresh
+
+        return [Contender(OURS, packed), Contender(WHOLE, lambda: running.update(features))]
+
+    def error(name: str, result: Any) -> float:
+        if name == WHOLE:
+            return 0.0
+        reference = mf.reference.Covariance(width // MODELS, MODELS)
+        reference.update(held["less"])
+        return float((result.correlation().double() - reference.correlation()).abs().max())
+
+    note = f"ours packs {depth - 1} samples of a block of {depth}"
+    return Row("covariance", "float32 rows, packing alone", width, contenders, error, 2e-5, against=WHOLE, note=note)
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -157,6 +191,8 @@ def rows(quick: bool) -> Iterator[Row]:
             yield _row(1024, 1056, dtype, PLAIN, batch=batch, target=NO_CLIFF[batch])
     if quick:
         return
+    for width in (1024, 2048, 4096):
+        yield _packing(width)
     usable = _core.build_info()["isas_usable"]
     for isa in usable[:-1]:
         yield _row(1024, 2048, torch.float32, ADDMM, isa=isa)

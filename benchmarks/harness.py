@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -20,9 +20,10 @@ import torch
 
 OURS = "mudsc_fast"
 
-# Seconds. What takes longer is repeated only where the row's verdict hangs on it, and ours alone only up to the second.
+# Seconds. What takes longer than the first is repeated only where the row's verdict hangs on it; what takes longer than
+# the second never is: it has averaged over seconds already.
 LONG = 0.3
-LONGEST = 20.0
+LONGEST = 4.0
 # A ratio this many times its target does not hang on noise: what takes long then keeps its first time.
 CLEAR = 2.0
 # Rounds at the least for two contenders that take turns.
@@ -49,6 +50,7 @@ class Row:
         target: the least ratio of ``against``'s time to ours; None: reported, not judged.
         against: a contender's name, or "best" for the fastest of the others.
         work: floating-point operations or bytes that the result needs, with ``unit`` "flop" or "byte".
+        work_of: the same of contenders that do more.
         at_most: instead of a ratio, seconds that ours may take.
         memory_at_most: besides, MiB of extra memory that ours may take.
         also: further verdicts on the same times, (case, against, target) each; each is a result of its own.
@@ -70,6 +72,7 @@ class Row:
     memory_at_most: float | None = None
     note: str = ""
     also: tuple[tuple[str, str, float], ...] = ()
+    work_of: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Result:
     rate: float | None = None  # work per second
     unit: str = ""
     ceiling_share: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)  # of the ceiling, by what each contender of work_of does
     target: float | None = None
     against: str = ""
     measured: float | None = None
@@ -156,7 +160,10 @@ def run_row(row: Row, ceilings: dict[str, float] | None = None, budget: float = 
         result.rate, result.unit = row.work / result.seconds[OURS], row.unit
         ceiling = (ceilings or {}).get(row.unit)
         if ceiling:
-            result.ceiling_share = result.rate / (ceiling * (row.threads if row.unit == "flop" else 1))
+            ceiling *= row.threads if row.unit == "flop" else 1
+            result.ceiling_share = result.rate / ceiling
+            done = {name: work for name, work in row.work_of.items() if name in result.seconds}
+            result.shares = {name: work / result.seconds[name] / ceiling for name, work in done.items()}
     return result
 
 
@@ -229,10 +236,8 @@ def _take_turns(
 ) -> dict[str, list[float]]:
     """Times of each contender. What takes long and decides nothing keeps its first time, that of its check."""
     times: dict[str, list[float]] = {c.name: [] for c in running}
-    decisive = _decisive(row, first)
-    once = {
-        name for name, taken in first.items() if name not in decisive and taken > (LONGEST if name == OURS else LONG)
-    }
+    repeated = {OURS, *_decisive(row, first)}
+    once = {name for name, taken in first.items() if taken > (LONGEST if name in repeated else LONG)}
     turns = [c for c in running if c.name not in once]
     # A call shorter than the clock and the scheduler resolve is repeated within a turn; how often is told by its second
     # run, since the first also brought its code and data into the caches.

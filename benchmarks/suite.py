@@ -138,7 +138,9 @@ def line(result: Result) -> str:
         parts.append(f"target <= {result.at_most:g} s")
     elif result.target is not None and result.measured is not None:
         parts.append(f"{result.measured:.2f}x {result.against} (target {result.target:g}x)")
-    parts += [f"{name} {ratio:.2f}x" for name, ratio in result.ratios.items()]
+    for name, ratio in result.ratios.items():
+        share = f" (at {100 * result.shares[name]:.0f}% of ceiling)" if name in result.shares else ""
+        parts.append(f"{name} {ratio:.2f}x{share}")
     if result.ceiling_share is not None:
         parts.append(f"{100 * result.ceiling_share:.0f}% of ceiling")
     if result.extra_mib is not None:

@@ -56,6 +56,7 @@ def zip(
     block_budget: Tensor,
     owner: Tensor,
     threads: int,
+    trusted: bool = False,  # entries are finite: not looked for NaN and infinities
 ) -> tuple[float, int]: ...
 def assign_lone(similarity: Tensor) -> bytearray | None: ...
 def assign_tile(
@@ -79,7 +80,14 @@ def assign_lists(
     column_of: Tensor,
     wanted: Tensor,
 ) -> int: ...
-def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor, threads: int) -> None: ...
+def assign(
+    similarity: Tensor,
+    start: Tensor | None,
+    indices: Tensor,
+    out: Tensor,
+    threads: int,
+    trusted: bool = False,  # entries are finite: not looked for NaN and infinities
+) -> None: ...
 
 gram_panel: int
 gram_depth: int

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import adapters, bench_assign, suite
+from benchmarks import adapters, bench_assign, bench_covariance, bench_zip, refusal, suite
 from benchmarks.harness import LONG, OURS, Contender, Result, Row, WrongResult, further, growth, run_row, threads_set
 from mudsc_fast.cli.app import cli
 
@@ -139,6 +139,30 @@ def test_peers_that_would_take_minutes_are_told_apart(monkeypatch: pytest.Monkey
     assert result.missing["second"].startswith("left out: predicted 64 s, 4 s at 32")
     assert result.missing["scipy"] == "left out: already at 32"
     assert "left out: already at 32" in suite.line(result)
+
+
+@pytest.mark.parametrize("op", ["assign", "zip"])
+def test_rows_of_refusal_check_that_what_is_not_finite_is_refused(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    similarity = bench_zip.related_similarity(160)
+    made = refusal.row(op, "related", 320, lambda: similarity)
+    result = run_row(made, {}, budget=0.05)
+    assert result.target == 0.97
+    assert set(result.ratios) == {refusal.UNCHECKED}
+    monkeypatch.setattr(refusal, "_refused", lambda run, matrix, entry: entry > 0)
+    with pytest.raises(WrongResult, match="refused"):
+        run_row(made, {}, budget=0.05)
+
+
+def test_covariance_rows_tell_shares_of_the_ceiling_and_of_packing() -> None:
+    made = bench_covariance._row(64, 128, torch.float32, bench_covariance.ADDMM)
+    result = run_row(made, {"flop": 1e11}, budget=0.05)
+    full = 2 * 64 * 64 * 128
+    assert result.shares[bench_covariance.ADDMM] == pytest.approx(full / result.seconds["torch addmm"] / 1e11)
+    assert "% of ceiling)  OpenBLAS ssyrk" in suite.line(result)
+    assert [r.case for r in further(made, result)] == ["float32 rows, against OpenBLAS ssyrk"]
+    packing = run_row(bench_covariance._packing(64), {}, budget=0.05)
+    assert set(packing.ratios) == {bench_covariance.WHOLE}
+    assert packing.errors[OURS] < 2e-5
 
 
 def test_whole_suite_is_planned_within_twenty_minutes() -> None:

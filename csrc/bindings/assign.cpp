@@ -30,10 +30,11 @@ AssignArgs assign_args(const TensorArg& similarity) {
 // similarity is (n, n), (b, n, n) or (a, b, n, n); the rest are contiguous and hold one piece a matrix: start (2, n)
 // duals, indices (n,), out: value, gap, u (n,), v (n,), each for all matrices before the next.
 void assign(const py::object& similarity_obj, const std::optional<py::object>& start_obj, const py::object& indices_obj,
-            const py::object& out_obj, int threads) {
+            const py::object& out_obj, int threads, bool trusted) {
     TensorArg similarity(similarity_obj, "similarity"), indices(indices_obj, "indices"), out(out_obj, "out");
     require(!similarity->cuda, "similarity: expected a CPU tensor");
     AssignArgs a = assign_args(similarity);
+    a.trusted = trusted;
     const int64_t problems = a.shape[0] * a.shape[1];
     std::optional<TensorArg> start;
     if (start_obj) {
@@ -172,7 +173,7 @@ int64_t assign_lists(const py::object& ptr_obj, const py::object& columns_obj, c
 
 void bind_assign(py::module_& m) {
     m.def("assign", &assign, py::arg("similarity"), py::arg("start"), py::arg("indices"), py::arg("out"),
-          py::arg("threads"));
+          py::arg("threads"), py::arg("trusted") = false);
     m.def("assign_lone", &assign_lone, py::arg("similarity"));
     m.def("assign_tile", &assign_tile, py::arg("tile"), py::arg("first_row"), py::arg("v"), py::arg("room"),
           py::arg("columns"), py::arg("values"), py::arg("threshold"), py::arg("maxima"), py::arg("threads"));

@@ -12,7 +12,7 @@ namespace {
 std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::object& units_obj,
                                const py::object& model_obj, int64_t merges, double attenuation,
                                const py::object& budget_obj, const py::object& block_budget_obj,
-                               const py::object& owner_obj, int threads) {
+                               const py::object& owner_obj, int threads, bool trusted) {
     TensorArg similarity(similarity_obj, "similarity"), units(units_obj, "units"), model(model_obj, "model_of"),
         budget(budget_obj, "budget"), block_budget(block_budget_obj, "block_budget"), owner(owner_obj, "owner");
     require(!similarity->cuda && similarity->ndim == 2, "similarity: expected a CPU matrix");
@@ -38,6 +38,7 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     a.merges = merges;
     a.attenuation = attenuation;
     a.threads = threads;
+    a.trusted = trusted;
     require(merges >= 0 && merges < std::max<int64_t>(a.n, 1), "merges: out of range");
     double total = 0;
     int64_t made = 0;
@@ -104,7 +105,8 @@ void zip_cuda(const py::object& similarity_obj, const py::object& units_obj, con
 
 void bind_zip(py::module_& m) {
     m.def("zip", &zip, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),
-          py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"));
+          py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"),
+          py::arg("trusted") = false);
 #ifdef MUDSC_FAST_CUDA_ARCHS
     m.def("zip_scratch_cuda", &zip_scratch_cuda, py::arg("n"), py::arg("problems"), py::arg("models"), py::arg("wide"));
     m.def("zip_cuda", &zip_cuda, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),

@@ -44,6 +44,7 @@ struct ZipArgs {
     int64_t* owner;         // [n] out: the unit (index below n) that each joined; a survivor is its own
     bool in_place;          // the similarity is given up: all its units in order, entries finite, exactly symmetric,
                             // cache lines whole, col_stride 1 and row_stride zip_stride(n)
+    bool trusted;           // entries are finite, as the caller knows
     double* total;          // out: sum of the entries taken
     int64_t* made;          // out: merges made, fewer than asked when infeasible
     int threads;
@@ -63,6 +64,7 @@ struct AssignArgs {
     const void* similarity;        // [shape[0], shape[1], n, n]
     int64_t shape[2], strides[2];  // of the batch
     int64_t n, row_stride, col_stride;
+    bool trusted;         // entries are finite, as the caller knows
     const double* start;  // [problems, 2, n] duals (u, v) to start from, or null
     int64_t* indices;     // [problems, n] out: the column of each row
     double* value;        // [problems] out: mean of the entries taken

@@ -54,12 +54,12 @@ class Worker {
         Outcome outcome;
         Status status = Status::not_converged;
         if (start != nullptr) {
-            status = solver_.solve(s, stride, start, poll, indices, u, v, &outcome);
+            status = solver_.solve(s, stride, a.trusted, start, poll, indices, u, v, &outcome);
             const double gap = outcome.gap + kEpsilon * outcome.duals;
             if (status == Status::ok && !(gap <= kProofOfWarmStart * outcome.size)) status = Status::not_converged;
         }
         if (status == Status::not_converged) {
-            status = solver_.solve(s, stride, nullptr, poll, indices, u, v, &outcome);
+            status = solver_.solve(s, stride, a.trusted, nullptr, poll, indices, u, v, &outcome);
             const double allowed = kProof * outcome.size + kRounding * outcome.duals;
             const bool proven = outcome.gap <= allowed && outcome.size + outcome.duals < kFar;
             if (status == Status::ok && !proven) status = Status::not_converged;

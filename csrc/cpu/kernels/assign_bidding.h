@@ -91,7 +91,7 @@ template <class T>
 Status bid_anew(Market<T>& m, int32_t* displaced) {
     m.release_all();
     m.price_columns();
-    Status status = m.make_all_lists(true);
+    Status status = m.make_all_lists(true, false);
     if (status == Status::ok) status = reduce_rows(m, displaced);
     if (status != Status::ok || !stuck(m)) return status;
     status = auction(m);

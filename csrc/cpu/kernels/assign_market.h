@@ -28,8 +28,8 @@ class Market {
     // Begins a problem: s[i * stride + j], and [n] prices to start from or null. Everything is free.
     void begin(const T* s, int64_t stride, int threads, Poll poll, const double* start);
 
-    // Lists of all rows; not_finite when the matrix holds NaN or an infinity.
-    Status make_all_lists(bool priced);
+    // Lists of all rows; not_finite when the matrix holds NaN or an infinity, if `checked`.
+    Status make_all_lists(bool priced, bool checked);
     void remake_list(int i);
     int rows_without_a_column_of_their_own() const;
     Choice best_of(int i);
@@ -141,7 +141,7 @@ void Market<T>::release_all() {
 }
 
 template <class T>
-Status Market<T>::make_all_lists(bool priced) {
+Status Market<T>::make_all_lists(bool priced, bool checked) {
     constexpr int rows_a_task = 32;
     const int64_t tasks = ceil_div(n_, rows_a_task);
     const int workers = n_ < 1024 ? 1 : static_cast<int>(min64(threads_, tasks));
@@ -161,10 +161,10 @@ Status Market<T>::make_all_lists(bool priced) {
         const int end = static_cast<int>(min64((task + 1) * rows_a_task, n_));
         for (int i = static_cast<int>(task * rows_a_task); i < end; ++i) {
             bool finite = true;
-            if (priced) {
-                fill_list<true, true>(i, scratch, &finite);
+            if (checked) {
+                priced ? fill_list<true, true>(i, scratch, &finite) : fill_list<false, true>(i, scratch, &finite);
             } else {
-                fill_list<false, true>(i, scratch, &finite);
+                priced ? fill_list<true, false>(i, scratch, &finite) : fill_list<false, false>(i, scratch, &finite);
             }
             if (!finite) {
                 __atomic_store_n(&stop, 2, __ATOMIC_RELAXED);

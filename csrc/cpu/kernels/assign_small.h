@@ -29,11 +29,11 @@ class SmallSolver {
   public:
     void carve(Carver& memory, int n);
     // As Solver::solve.
-    Status solve(const T* s, int64_t stride, const double* start, int64_t* indices, double* u, double* v,
+    Status solve(const T* s, int64_t stride, bool trusted, const double* start, int64_t* indices, double* u, double* v,
                  Outcome* outcome);
 
   private:
-    Status begin(const double* start);
+    Status begin(bool trusted, const double* start);
     bool augment(int source);
     bool search(int source);
     bool search_in_registers(int source);
@@ -183,21 +183,21 @@ void SmallSolver<T>::finish_path() {
 
 // Rows on their columns, as far as bidding goes.
 template <class T>
-Status SmallSolver<T>::begin(const double* start) {
-    if (start != nullptr) return SmallStart<T, double>(m_).from_prices(start);
-    const Status status = SmallStart<T, T>(m_).from_nothing();
+Status SmallSolver<T>::begin(bool trusted, const double* start) {
+    if (start != nullptr) return SmallStart<T, double>(m_).from_prices(trusted, start);
+    const Status status = SmallStart<T, T>(m_).from_nothing(trusted);
     const bool wider = sizeof(T) < 8 && status == Status::not_converged;
-    return wider ? SmallStart<T, double>(m_).from_nothing() : status;
+    return wider ? SmallStart<T, double>(m_).from_nothing(trusted) : status;
 }
 
 template <class T>
-Status SmallSolver<T>::solve(const T* s, int64_t stride, const double* start, int64_t* indices, double* u, double* v,
-                             Outcome* outcome) {
+Status SmallSolver<T>::solve(const T* s, int64_t stride, bool trusted, const double* start, int64_t* indices, double* u,
+                             double* v, Outcome* outcome) {
     const int n = m_.n;
     m_.s = s;
     m_.stride = stride;
     for (int j = n; j < padded(n); ++j) m_.v[j] = key_[j] = kFar;
-    const Status status = begin(start);
+    const Status status = begin(trusted, start);
     if (status != Status::ok) return status;
     for (int j = 0; j < n; ++j) {
         if (m_.is_open(j)) continue;

@@ -40,8 +40,8 @@ class SmallStart {
 
     // Leaves prices in state.v, owners, and the rows that are still free. not_finite: the matrix holds NaN or an
     // infinity. not_converged: prices left the range of C, or those given are of no help.
-    Status from_nothing();
-    Status from_prices(const double* start);
+    Status from_nothing(bool trusted);
+    Status from_prices(bool trusted, const double* start);
 
   private:
     struct Best {
@@ -51,7 +51,7 @@ class SmallStart {
 
     template <bool checked>
     Best best_of(int i, Vec<C>* bad) const;
-    bool take_all(bool exact);
+    bool take_all(bool exact, bool checked);
     bool take(int i, const Best& b, bool exact, C* price);
     void bid();
     void price_columns();
@@ -116,15 +116,15 @@ inline bool SmallStart<T, C>::take(int i, const Best& b, bool exact, C* price) {
     return true;
 }
 
-// All rows, each for itself, at the starting prices; false when the matrix holds NaN or an infinity.
+// All rows, each for itself, at the starting prices; false when the matrix holds NaN or an infinity, if `checked`.
 template <class T, class C>
-bool SmallStart<T, C>::take_all(bool exact) {
+bool SmallStart<T, C>::take_all(bool exact, bool checked) {
     Vec<C> bad[2] = {Vec<C>::all(0), Vec<C>::all(0)};
     m_.release_all();
     ties_ = 0;
     for (int j = 0; j < m_.n; ++j) raised_[j] = price_[j];
     for (int i = 0; i < m_.n; ++i) {
-        const Best b = best_of<true>(i, bad);
+        const Best b = checked ? best_of<true>(i, bad) : best_of<false>(i, bad);
         ties_ += b.first == b.second ? 1 : 0;
         if (!m_.is_open(b.column) || !take(i, b, exact, raised_)) m_.free[m_.free_count++] = i;
     }
@@ -193,29 +193,29 @@ Status SmallStart<T, C>::finish() const {
 // Prices of zero leave rows alone that are all equal, and find what stands out. Where many rows want the same columns
 // though none of them is indifferent, every column starts at its largest entry instead.
 template <class T, class C>
-Status SmallStart<T, C>::from_nothing() {
+Status SmallStart<T, C>::from_nothing(bool trusted) {
     const int n = m_.n;
     for (int j = 0; j < padded(n); ++j) {
         price_[j] = static_cast<C>(j < n ? 0 : kFar);
         r_[j] = static_cast<C>(-kFar);
     }
-    if (!take_all(true)) return Status::not_finite;
+    if (!take_all(true, !trusted)) return Status::not_finite;
     if (m_.free_count * 8 >= n && ties_ * 16 <= n) {
         price_columns();
-        if (!narrow_) take_all(false);
+        if (!narrow_) take_all(false, false);
     }
     bid();
     return finish();
 }
 
 template <class T, class C>
-Status SmallStart<T, C>::from_prices(const double* start) {
+Status SmallStart<T, C>::from_prices(bool trusted, const double* start) {
     const int n = m_.n;
     for (int j = 0; j < padded(n); ++j) {
         price_[j] = static_cast<C>(j < n ? start[j] : kFar);
         r_[j] = static_cast<C>(-kFar);
     }
-    if (!take_all(false)) return Status::not_finite;
+    if (!take_all(false, !trusted)) return Status::not_finite;
     if (!worth_starting_from(m_.free_count, n)) return Status::not_converged;
     bid();
     return finish();

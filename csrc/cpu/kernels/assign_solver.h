@@ -41,15 +41,15 @@ class Solver {
         return true;
     }
 
-    // Solves s[i * stride + j]. start: [n] column duals or null. Results: indices, u, v: [n] and *outcome.
-    // not_converged: the duals left the range of float64, or those given are of no help.
-    Status solve(const T* s, int64_t stride, const double* start, Poll poll, int64_t* indices, double* u, double* v,
-                 Outcome* outcome) {
-        if (is_small_) return small_.solve(s, stride, start, indices, u, v, outcome);
+    // Solves s[i * stride + j]. trusted: all of it is finite. start: [n] column duals or null. Results: indices, u, v:
+    // [n] and *outcome. not_converged: the duals left the range of float64, or those given are of no help.
+    Status solve(const T* s, int64_t stride, bool trusted, const double* start, Poll poll, int64_t* indices, double* u,
+                 double* v, Outcome* outcome) {
+        if (is_small_) return small_.solve(s, stride, trusted, start, indices, u, v, outcome);
         const int n = market_.size();
         market_.begin(s, stride, threads_, poll, start);
         paths_.begin(n);
-        Status status = market_.make_all_lists(start != nullptr);
+        Status status = market_.make_all_lists(start != nullptr, !trusted);
         if (status == Status::ok && start != nullptr) {
             const int without = market_.rows_without_a_column_of_their_own();
             if (!worth_starting_from(without, n)) return Status::not_converged;

@@ -8,6 +8,9 @@
 // those merges freed, so that the working copy stays all the memory there is.
 #include <math.h>
 
+#include <limits>
+#include <type_traits>
+
 #include "cpu/common.h"
 #include "cpu/kernels.h"
 
@@ -100,18 +103,43 @@ class Zipper {
         return __atomic_load_n(&stopped, __ATOMIC_RELAXED);
     }
 
+    // A number without its sign: as integers these are in the order of magnitude, and infinities and NaN above all.
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    static constexpr Bits kInfinite = sizeof(T) == 4 ? Bits{0x7f800000} : static_cast<Bits>(0x7ff0000000000000);
+
+    static Bits largest_magnitude(const T* x, int64_t count) {
+        constexpr Bits unsigned_part = std::numeric_limits<Bits>::max();
+        Bits lane[kLanes] = {}, most = 0;
+        int64_t k = 0;
+        for (; k + kLanes <= count; k += kLanes) {
+            Bits bits[kLanes];
+            memcpy(bits, x + k, sizeof bits);
+            for (int64_t l = 0; l < kLanes; ++l) {
+                const Bits b = bits[l] & unsigned_part;
+                lane[l] = lane[l] > b ? lane[l] : b;
+            }
+        }
+        for (; k < count; ++k) {
+            Bits b;
+            memcpy(&b, x + k, sizeof b);
+            b &= unsigned_part;
+            most = most > b ? most : b;
+        }
+        for (int64_t l = 0; l < kLanes; ++l) most = lane[l] > most ? lane[l] : most;
+        return most;
+    }
+
     // Copies the chosen rows and columns, checks them, and makes the copy exactly symmetric.
     Status load() {
         const T* s = static_cast<const T*>(a.similarity);
         bool consecutive = a.col_stride == 1;
         for (int64_t k = 1; consecutive && k < n; ++k) consecutive = a.units[k] == a.units[0] + k;
         const int64_t bands = ceil_div(n, kTile);
-        Buffer<T> magnitude(bands), difference(bands);
-        Buffer<uint8_t> bad(bands);
-        if (!magnitude || !difference || !bad) return Status::no_memory;
+        Buffer<Bits> magnitude(bands);
+        Buffer<T> difference(bands);
+        if (!magnitude || !difference) return Status::no_memory;
         parallel_each(a.threads, bands, [&](int64_t band, int worker) {
-            T most = 0;
-            bool broken = false;
+            Bits most = 0;
             for (int64_t i = band * kTile; i < min64((band + 1) * kTile, n); ++i) {
                 if (stop(worker)) return;
                 const T* from = s + a.units[i] * a.row_stride;
@@ -122,32 +150,17 @@ class Zipper {
                     for (int64_t k = 0; k < n; ++k) to[k] = from[a.units[k] * a.col_stride];
                 }
                 to[i] = 0;
-                T lane[kLanes] = {};
-                int64_t k = 0;
-                for (; k + kLanes <= n; k += kLanes) {
-                    // Written so that NaN stays: it compares false with everything.
-                    for (int64_t l = 0; l < kLanes; ++l) {
-                        const T x = to[k + l] < 0 ? -to[k + l] : to[k + l];
-                        lane[l] = x <= lane[l] ? lane[l] : x;
-                    }
-                    for (int64_t l = 0; l < kLanes; ++l) broken |= !(lane[l] < static_cast<T>(INFINITY));
-                }
-                for (; k < n; ++k) {
-                    const T x = to[k] < 0 ? -to[k] : to[k];
-                    broken |= !(x < static_cast<T>(INFINITY));
-                    lane[0] = x <= lane[0] ? lane[0] : x;
-                }
-                for (int64_t l = 0; l < kLanes; ++l) most = lane[l] > most ? lane[l] : most;
+                const Bits here = largest_magnitude(to, n);
+                most = here > most ? here : most;
             }
-            bad[band] = broken;
             magnitude[band] = most;
         });
         if (stopped) return Status::interrupted;
-        T most = 0;
-        for (int64_t b = 0; b < bands; ++b) {
-            if (bad[b]) return Status::not_finite;
-            most = magnitude[b] > most ? magnitude[b] : most;
-        }
+        Bits largest = 0;
+        for (int64_t b = 0; b < bands; ++b) largest = magnitude[b] > largest ? magnitude[b] : largest;
+        if (!a.trusted && largest >= kInfinite) return Status::not_finite;
+        T most;
+        memcpy(&most, &largest, sizeof most);
         parallel_each(a.threads, bands, [&](int64_t band, int worker) { difference[band] = mirror(band, worker); });
         if (stopped) return Status::interrupted;
         for (int64_t b = 0; b < bands; ++b) {

@@ -17,6 +17,11 @@ kind = sys.argv[1]
 if kind == "zip":
     s = torch.rand(6000, 6000, generator=g); s += s.T.clone()
     call = lambda: mf.zip_units(s)
+elif kind == "blocks":
+    torch.set_num_threads(2)  # a third block for one of them, while the other waits
+    s = torch.rand(9000, 9000, generator=g); s += s.T.clone()
+    pairing = torch.arange(3).expand(2, 3)
+    call = lambda: mf.zip_units(s[:8400, :8400], blocks=3, block_indices=pairing)
 elif kind == "assign":
     i = torch.arange(1, 6001, dtype=torch.float32)
     s = i[:, None] * i[None, :] + torch.rand(6000, 6000, generator=g)
@@ -50,7 +55,7 @@ print(len(waits), max(waits), torch.equal(s, before))
 """
 
 
-@pytest.mark.parametrize("kind", ["zip", "assign", "uniform", "batch", "tiled"])
+@pytest.mark.parametrize("kind", ["zip", "blocks", "assign", "uniform", "batch", "tiled"])
 def test_ctrl_c_ends_a_long_kernel(kind: str) -> None:
     command = [sys.executable, "-c", PROGRAM, kind]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -121,6 +121,52 @@ def test_threads_change_nothing(isa: str) -> None:
         assert torch.equal(results[0].value, other.value)
 
 
+@pytest.mark.parametrize("dtype", list(VALUE_TOLERANCE), ids=str)
+@pytest.mark.parametrize(("attenuation", "budget"), [(0.5, 1.0), (0.5, 0.3), (1.0, 10.0), (0.0, 1.0)])
+def test_threads_that_share_a_merge_change_nothing(
+    isa: str, dtype: torch.dtype, attenuation: float, budget: float
+) -> None:
+    similarity = similarity_of(1100, 2, 5, samples=150).to(dtype)  # 2200 units: enough columns for two threads
+    similarity = (similarity * 50).round() / 50  # ties, within a thread's columns and between two of them
+    options = {"attenuation": attenuation, "budget": budget, "width": 1200}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(mf.zip_units(similarity, **options))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0].labels, other.labels)
+        assert torch.equal(results[0].value, other.value)
+
+
+def test_blocks_side_by_side_share_a_budget_as_if_one_came_after_the_other(threads: int) -> None:
+    infeasible = ended = 0
+    for seed in range(60):
+        models, blocks, n = 2 + seed % 2, 2 + seed % 5, 2 + seed % 4
+        similarity = similarity_of(blocks * n, models, seed, samples=12)
+        options = {
+            "models": models,
+            "blocks": blocks,
+            "width": blocks * (n + (0, 0, -1, 1)[seed % 4]),
+            "budget": (0.0, 0.2, 0.5, 0.8, 1.0)[seed % 5],
+            "attenuation": (0.5, 1.0)[seed % 2],
+        }
+        try:
+            want = mf.reference.zip_units(similarity, **options)
+        except ValueError:
+            with pytest.raises(ValueError, match="no allowed pair is left"):
+                mf.zip_units(similarity, **options)
+            infeasible += 1
+            continue
+        got = mf.zip_units(similarity, **options)
+        assert torch.equal(got.labels, want.labels), (seed, options)
+        ended += not torch.equal(got.labels, mf.zip_units(similarity, **{**options, "budget": 1.0}).labels)
+    assert infeasible > 0
+    assert ended > 0  # budgets that changed what was merged
+
+
 def test_block_pairing_from_outside(isa: str) -> None:
     similarity = similarity_of(12, 2, 8)
     pairing = torch.tensor([[0, 1, 2], [2, 0, 1]])

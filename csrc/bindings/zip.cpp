@@ -1,5 +1,6 @@
 // zip.
 #include "bindings/arguments.h"
+#include "cpu/unions.h"
 #ifdef MUDSC_FAST_CUDA_ARCHS
 #include "cuda/launch.h"
 #endif
@@ -8,6 +9,33 @@ namespace mudsc::bindings {
 
 namespace {
 
+// What all unions of a zip have in common.
+ZipArgs common(const TensorArg& similarity, int64_t n, int64_t models, int64_t merges, double attenuation,
+               int threads) {
+    require(!similarity->cuda && similarity->ndim == 2, "similarity: expected a CPU matrix");
+    ZipArgs a{};
+    a.dtype = similarity->dtype;
+    a.similarity = similarity->data;
+    a.row_stride = similarity->strides[0];
+    a.col_stride = similarity->strides[1];
+    a.n = n;
+    a.models = static_cast<int>(models);
+    a.merges = merges;
+    a.attenuation = attenuation;
+    a.threads = threads;
+    require(merges >= 0 && merges < std::max<int64_t>(n, 1), "merges: out of range");
+    return a;
+}
+
+void require_in_range(const TensorArg& similarity, const int64_t* units, const int32_t* model_of, int64_t count,
+                      int64_t models) {
+    const int64_t rows = std::min(similarity->shape[0], similarity->shape[1]);
+    for (int64_t i = 0; i < count; ++i) {
+        require(units[i] >= 0 && units[i] < rows, "units: out of range");
+        require(model_of[i] >= 0 && model_of[i] < models, "model_of: out of range");
+    }
+}
+
 // Returns (total, merges made); the owner of each unit and the budgets left are written in place.
 std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::object& units_obj,
                                const py::object& model_obj, int64_t merges, double attenuation,
@@ -15,31 +43,16 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
                                const py::object& owner_obj, int threads, bool trusted) {
     TensorArg similarity(similarity_obj, "similarity"), units(units_obj, "units"), model(model_obj, "model_of"),
         budget(budget_obj, "budget"), block_budget(block_budget_obj, "block_budget"), owner(owner_obj, "owner");
-    require(!similarity->cuda && similarity->ndim == 2, "similarity: expected a CPU matrix");
-    ZipArgs a{};
-    a.dtype = similarity->dtype;
-    a.similarity = similarity->data;
-    a.row_stride = similarity->strides[0];
-    a.col_stride = similarity->strides[1];
     require(units->ndim == 1, "units: expected a vector");
-    a.n = units->shape[0];
-    a.units = vector_of<int64_t>(units, Dtype::i64, a.n, "units");
-    for (int64_t i = 0; i < a.n; ++i) {
-        require(a.units[i] >= 0 && a.units[i] < similarity->shape[0] && a.units[i] < similarity->shape[1],
-                "units: out of range");
-    }
     require(budget->ndim == 1, "budget: expected a vector");
-    a.models = static_cast<int>(budget->shape[0]);
+    ZipArgs a = common(similarity, units->shape[0], budget->shape[0], merges, attenuation, threads);
+    a.units = vector_of<int64_t>(units, Dtype::i64, a.n, "units");
     a.model_of = vector_of<int32_t>(model, Dtype::i32, a.n, "model_of");
-    for (int64_t i = 0; i < a.n; ++i) require(a.model_of[i] >= 0 && a.model_of[i] < a.models, "model_of: out of range");
+    require_in_range(similarity, a.units, a.model_of, a.n, a.models);
     a.budget = vector_of<int64_t>(budget, Dtype::i64, a.models, "budget");
     a.block_budget = vector_of<int64_t>(block_budget, Dtype::i64, a.models, "block_budget");
     a.owner = vector_of<int64_t>(owner, Dtype::i64, a.n, "owner");
-    a.merges = merges;
-    a.attenuation = attenuation;
-    a.threads = threads;
     a.trusted = trusted;
-    require(merges >= 0 && merges < std::max<int64_t>(a.n, 1), "merges: out of range");
     double total = 0;
     int64_t made = 0;
     a.total = &total;
@@ -49,6 +62,35 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     const Status status = without_gil([&](const KernelTable& table) { return table.zip(a); });
     if (status != Status::infeasible) check(status, "zip");
     return {total, made};
+}
+
+// units, model_of and owner are (unions, n). Returns (total, merges made) of each union up to the first that falls
+// short; the owner of each unit and the budget left are written in place.
+std::vector<std::pair<double, int64_t>> zip_all(const py::object& similarity_obj, const py::object& units_obj,
+                                                const py::object& model_obj, int64_t merges, double attenuation,
+                                                const py::object& budget_obj, int64_t block_budget,
+                                                const py::object& owner_obj, int threads) {
+    TensorArg similarity(similarity_obj, "similarity"), units(units_obj, "units"), model(model_obj, "model_of"),
+        budget(budget_obj, "budget"), owner(owner_obj, "owner");
+    require(units->ndim == 2, "units: expected one row a union");
+    require(budget->ndim == 1, "budget: expected a vector");
+    ZipUnions all{};
+    all.each = common(similarity, units->shape[1], budget->shape[0], merges, attenuation, threads);
+    all.count = units->shape[0];
+    const int64_t rows = all.count * all.each.n;
+    all.units = flat_of<int64_t>(units, Dtype::i64, rows, "units");
+    all.model_of = flat_of<int32_t>(model, Dtype::i32, rows, "model_of");
+    require_in_range(similarity, all.units, all.model_of, rows, all.each.models);
+    all.owner = flat_of<int64_t>(owner, Dtype::i64, rows, "owner");
+    all.budget = vector_of<int64_t>(budget, Dtype::i64, all.each.models, "budget");
+    all.block_budget = block_budget;
+    SignalPoll signals;
+    all.each.poll = signals.poll();
+    const Status status = without_gil([&](const KernelTable& table) { return zip_unions(table, all); });
+    if (status != Status::infeasible) check(status, "zip");
+    std::vector<std::pair<double, int64_t>> found;
+    for (size_t k = 0; k < all.made.size(); ++k) found.emplace_back(all.total[k], all.made[k]);
+    return found;
 }
 
 #ifdef MUDSC_FAST_CUDA_ARCHS
@@ -107,6 +149,8 @@ void bind_zip(py::module_& m) {
     m.def("zip", &zip, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),
           py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"),
           py::arg("trusted") = false);
+    m.def("zip_unions", &zip_all, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),
+          py::arg("attenuation"), py::arg("budget"), py::arg("block_budget"), py::arg("owner"), py::arg("threads"));
 #ifdef MUDSC_FAST_CUDA_ARCHS
     m.def("zip_scratch_cuda", &zip_scratch_cuda, py::arg("n"), py::arg("problems"), py::arg("models"), py::arg("wide"));
     m.def("zip_cuda", &zip_cuda, py::arg("similarity"), py::arg("units"), py::arg("model_of"), py::arg("merges"),

@@ -7,6 +7,7 @@
 
 #include "cpu/common.h"
 #include "cpu/term_table.h"
+#include "cpu/unions.h"
 
 namespace mudsc {
 
@@ -403,50 +404,50 @@ Status Network::zip_units(const KernelTable& table, int space, const Similar& s,
     const int64_t to_remove = models * d - width, each = d / blocks, n = models * each;
     const double share = static_cast<double>(to_remove / models) * options_.budget + 1e-4;
     std::vector<int64_t> budget(static_cast<size_t>(models), static_cast<int64_t>(std::min(share, 4e18)));
-    std::vector<int64_t> units(static_cast<size_t>(n)), owner(units.size()), number(units.size());
+    std::vector<int64_t> units(static_cast<size_t>(models * d)), owner(units.size()), number(static_cast<size_t>(n));
     std::vector<int32_t> model_of(units.size());
-    found.labels.assign(static_cast<size_t>(models * d), 0);
-    double sum = 0;
     for (int64_t k = 0; k < blocks; ++k) {
         for (int64_t m = 0; m < models; ++m) {
             const int64_t block = pairing.empty() ? 0 : pairing[static_cast<size_t>(m * blocks + k)];
             for (int64_t i = 0; i < each; ++i) {
-                units[static_cast<size_t>(m * each + i)] = m * d + block * each + i;
-                model_of[static_cast<size_t>(m * each + i)] = static_cast<int32_t>(m);
+                const auto at = static_cast<size_t>(k * n + m * each + i);
+                units[at] = m * d + block * each + i;
+                model_of[at] = static_cast<int32_t>(m);
             }
         }
-        std::vector<int64_t> block_budget(budget.size(), blocks == 1 ? to_remove : to_remove / (models * blocks));
-        double total = 0;
-        int64_t made = 0;
-        ZipArgs a{};
-        a.dtype = s.dtype;
-        a.similarity = s.data;
-        a.row_stride = s.row_stride;
-        a.col_stride = 1;
-        a.units = units.data();
-        a.model_of = model_of.data();
-        a.n = n;
-        a.models = static_cast<int>(models);
-        a.merges = n - width / blocks;
-        a.attenuation = options_.attenuation;
-        a.budget = budget.data();
-        a.block_budget = block_budget.data();
-        a.owner = owner.data();
-        a.in_place = pairing.empty();
-        a.total = &total;
-        a.made = &made;
-        a.threads = threads;
-        a.poll = poll;
-        const Status status = table.zip(a);
-        if (status != Status::ok) return status;
+    }
+    ZipUnions all{};
+    all.each.dtype = s.dtype;
+    all.each.similarity = s.data;
+    all.each.row_stride = s.row_stride;
+    all.each.col_stride = 1;
+    all.each.n = n;
+    all.each.models = static_cast<int>(models);
+    all.each.merges = n - width / blocks;
+    all.each.attenuation = options_.attenuation;
+    all.each.in_place = pairing.empty();
+    all.each.threads = threads;
+    all.each.poll = poll;
+    all.count = blocks;
+    all.units = units.data();
+    all.model_of = model_of.data();
+    all.owner = owner.data();
+    all.budget = budget.data();
+    all.block_budget = blocks == 1 ? to_remove : to_remove / (models * blocks);
+    const Status status = zip_unions(table, all);
+    if (status != Status::ok) return status;
+    found.labels.assign(static_cast<size_t>(models * d), 0);
+    double sum = 0;
+    for (int64_t k = 0; k < blocks; ++k) {
         // A unit joins one before it, so the first of each merged unit is reached by rising order.
+        const int64_t* joined = owner.data() + k * n;
         int64_t next = k * (width / blocks);
         for (int64_t i = 0; i < n; ++i) {
             const auto at = static_cast<size_t>(i);
-            number[at] = owner[at] == i ? next++ : number[static_cast<size_t>(owner[at])];
-            found.labels[static_cast<size_t>(units[at])] = number[at];
+            number[at] = joined[i] == i ? next++ : number[static_cast<size_t>(joined[i])];
+            found.labels[static_cast<size_t>(units[static_cast<size_t>(k * n + i)])] = number[at];
         }
-        sum += total;
+        sum += all.total[static_cast<size_t>(k)];
     }
     found.value = to_remove > 0 ? sum / static_cast<double>(to_remove) : 0.0;
     return Status::ok;

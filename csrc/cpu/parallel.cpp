@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -15,6 +16,7 @@ struct Job {
     void (*fn)(void*, int64_t, int);
     void* ctx;
     int64_t n_tasks;
+    void (*waiting)(void*);
     std::atomic<int64_t> next{0};
 
     void work(int worker) {
@@ -47,12 +49,20 @@ class Pool {
         job.work(0);
         inside_task = false;
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return running_ == 0; });
+        const auto finished = [this] { return running_ == 0; };
+        if (job.waiting == nullptr) done_.wait(lock, finished);
+        while (!done_.wait_for(lock, kLook, finished)) {
+            lock.unlock();  // for the others to finish meanwhile
+            job.waiting(job.ctx);
+            lock.lock();
+        }
         job_ = nullptr;
         return true;
     }
 
   private:
+    static constexpr std::chrono::milliseconds kLook{10};
+
     void serve(int index) {
         inside_task = true;
         uint64_t seen = 0;
@@ -94,9 +104,9 @@ Pool& instance() {
 
 }  // namespace
 
-void parallel_for(int threads, int64_t n_tasks, void (*fn)(void*, int64_t, int), void* ctx) {
+void parallel_for(int threads, int64_t n_tasks, void (*fn)(void*, int64_t, int), void* ctx, void (*waiting)(void*)) {
     if (n_tasks <= 0) return;
-    Job job{fn, ctx, n_tasks};
+    Job job{fn, ctx, n_tasks, waiting};
     if (threads > n_tasks) threads = static_cast<int>(n_tasks);
     if (threads > 1 && !inside_task && instance().run(threads, job)) return;
     job.work(0);

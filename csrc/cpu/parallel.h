@@ -8,8 +8,10 @@ namespace mudsc {
 
 // Runs fn(ctx, task, worker) once for each task in [0, n_tasks), on at most `threads` threads including the caller's.
 // Tasks are taken in order, by whoever is free. `worker` is below `threads`: an index for per-thread scratch memory.
-// A call from inside a task, or while another thread uses the pool, runs on the calling thread alone.
-void parallel_for(int threads, int64_t n_tasks, void (*fn)(void* ctx, int64_t task, int worker), void* ctx);
+// A call from inside a task, or while another thread uses the pool, runs on the calling thread alone. While the calling
+// thread has nothing left to do but to wait for the others, it calls waiting(ctx), if given, every few milliseconds.
+void parallel_for(int threads, int64_t n_tasks, void (*fn)(void* ctx, int64_t task, int worker), void* ctx,
+                  void (*waiting)(void* ctx) = nullptr);
 
 // Asked by long kernels every few milliseconds on the calling thread; true means: stop, the user pressed Ctrl-C.
 struct Poll {

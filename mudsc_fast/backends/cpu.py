@@ -66,26 +66,11 @@ def zip(
         budget: (models,), int64: merges left inside each model, which the unions share in their order; lowered.
         block_budget: the same for one union alone.
         owner: (unions, n), int64, written: the unit that each joined, an index into its union.
+
+    Unions run side by side on several threads; results are those of one after another.
     """
-    results: list[tuple[float, int]] = []
-    for k in range(len(units)):
-        left_here = torch.full_like(budget, block_budget)
-        results.append(
-            _core.zip(
-                similarity,
-                units[k],
-                model_of[k],
-                merges,
-                attenuation,
-                budget,
-                left_here,
-                owner[k],
-                torch.get_num_threads(),
-            )
-        )
-        if results[-1][1] < merges:
-            break
-    return results
+    threads = torch.get_num_threads()
+    return _core.zip_unions(similarity, units, model_of, merges, attenuation, budget, block_budget, owner, threads)
 
 
 def assign(similarity: Tensor, start: Tensor | None, indices: Tensor, out: Tensor) -> None:

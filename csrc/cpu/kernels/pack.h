@@ -8,6 +8,7 @@
 #include "cpu/common.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/gram.h"
+#include "cpu/kernels/transpose.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -203,31 +204,6 @@ void gather_unit(const T* data, const Columns& columns, const Run* runs, int64_t
     }
 }
 
-// to[k * ld + u] = rows[u][k] for 4 units and n columns.
-template <typename W>
-inline void transpose_4(const W* const* rows, int64_t n, W* to, int64_t ld = kPanel) {
-    int64_t k = 0;
-#if defined(__SSE2__)
-    if constexpr (sizeof(W) == sizeof(float)) {
-        for (; k + 4 <= n; k += 4) {
-            __m128 a = _mm_loadu_ps(reinterpret_cast<const float*>(rows[0] + k)),
-                   b = _mm_loadu_ps(reinterpret_cast<const float*>(rows[1] + k));
-            __m128 c = _mm_loadu_ps(reinterpret_cast<const float*>(rows[2] + k)),
-                   d = _mm_loadu_ps(reinterpret_cast<const float*>(rows[3] + k));
-            _MM_TRANSPOSE4_PS(a, b, c, d);
-            float* at = reinterpret_cast<float*>(to + k * ld);
-            _mm_storeu_ps(at, a);
-            _mm_storeu_ps(at + ld, b);
-            _mm_storeu_ps(at + 2 * ld, c);
-            _mm_storeu_ps(at + 3 * ld, d);
-        }
-    }
-#endif
-    for (; k < n; ++k) {
-        for (int u = 0; u < 4; ++u) to[k * ld + u] = rows[u][k];
-    }
-}
-
 // Columns in no order: eight units at a time, straight to their places.
 template <typename W, typename T>
 void gather_scattered(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0,
@@ -299,7 +275,7 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
             }
         }
         if (batch == 4) {
-            transpose_4(rows, n, to + u0);
+            transpose_4(rows, n, to + u0, kPanel);
         } else {
             for (int64_t k = 0; k < n; ++k) {
                 for (int64_t u = 0; u < batch; ++u) to[k * kPanel + u0 + u] = rows[u][k];

@@ -6,6 +6,9 @@
 // columns that have changed only when it is needed, which for most rows is once. To make that a walk over whole cache
 // lines, the merged rows of every 16 merges are transposed into a panel, and the panel is kept in the 16 rows that
 // those merges freed, so that the working copy stays all the memory there is.
+//
+// Merges wait for each other. On several threads each takes a part of a merge's columns, with all that is kept of the
+// rows of the same numbers.
 #include <math.h>
 
 #include <limits>
@@ -13,6 +16,8 @@
 
 #include "cpu/common.h"
 #include "cpu/kernels.h"
+#include "cpu/kernels/crew.h"
+#include "cpu/kernels/transpose.h"
 
 namespace mudsc {
 namespace MUDSC_ISA {
@@ -20,6 +25,10 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 64;
+constexpr int64_t kGroup = 64;               // rows that share a maximum
+constexpr int64_t kShare = 1024;             // columns that are worth a thread
+constexpr int kMostParts = 16;               // of a merge
+constexpr int64_t kLines = 128;              // of a panel that are written before the next four columns of it
 constexpr int64_t kPanel = 16;               // merges a panel
 constexpr int64_t kPolled = 16;              // merges between two looks at the clock
 constexpr int64_t kAhead = 8;                // panels fetched ahead: each holds one line for a row
@@ -63,22 +72,51 @@ T first_max(const T* row, const T* bar, int64_t from, int64_t n, int64_t* place)
     return best;
 }
 
+// A row's number, as wide as an entry: both are compared in one loop.
+template <typename T>
+struct Number;
+template <>
+struct Number<float> {
+    using type = int32_t;
+};
+template <>
+struct Number<double> {
+    using type = int64_t;
+};
+
 template <typename T>
 class Zipper {
   public:
-    explicit Zipper(const ZipArgs& args) : a(args), n(args.n), ld(zip_stride(args.n)) {}
+    explicit Zipper(const ZipArgs& args)
+        : a(args),
+          n(args.n),
+          ld(zip_stride(args.n)),
+          parts(static_cast<int>(max64(1, min64(min64(args.threads, kMostParts), args.n / kShare)))) {}
 
     Status run() {
         if (!a.in_place && !copy.allocate(n * ld)) return Status::no_memory;
         w = a.in_place ? static_cast<T*>(const_cast<void*>(a.similarity)) : copy.get();
         if (!(gone.allocate(n) && best.allocate(n) && partner.allocate(n) && stale.allocate(n) && model.allocate(n) &&
-              none.allocate(n) && seen.allocate(n) && survivor.allocate(a.merges) && loser.allocate(a.merges))) {
+              none.allocate(n) && seen.allocate(n) && survivor.allocate(a.merges) && loser.allocate(a.merges) &&
+              highest.allocate(ceil_div(n, kGroup)))) {
             return Status::no_memory;
         }
         const Status loaded = a.in_place ? Status::ok : load();
         if (loaded != Status::ok) return loaded;
         start();
         if (stopped) return Status::interrupted;
+        Status status = Status::ok;
+        Crew::run(parts, [&](Crew& crew) { status = merge_all(crew); });
+        return status;
+    }
+
+  private:
+    using Place = typename Number<T>::type;
+
+    T* row(int64_t i) const { return w + i * ld; }
+    static constexpr T kNone = -static_cast<T>(INFINITY);
+
+    Status merge_all(Crew& crew) {
         *a.total = 0;
         *a.made = 0;
         for (int64_t step = 0; step < a.merges; ++step) {
@@ -88,14 +126,10 @@ class Zipper {
             const int64_t j = partner[i];
             *a.total += static_cast<double>(best[i]);
             ++*a.made;
-            merge(i, j);
+            merge(crew, i, j);
         }
         return Status::ok;
     }
-
-  private:
-    T* row(int64_t i) const { return w + i * ld; }
-    static constexpr T kNone = -static_cast<T>(INFINITY);
 
     // Inside tasks: whether to give up. Only the calling thread asks, the others see what it found.
     bool stop(int worker) {
@@ -161,7 +195,10 @@ class Zipper {
         if (!a.trusted && largest >= kInfinite) return Status::not_finite;
         T most;
         memcpy(&most, &largest, sizeof most);
-        parallel_each(a.threads, bands, [&](int64_t band, int worker) { difference[band] = mirror(band, worker); });
+        parallel_each(a.threads, bands, [&](int64_t task, int worker) {
+            const int64_t band = bands - 1 - task;  // what takes longest comes first
+            difference[band] = mirror(band, worker);
+        });
         if (stopped) return Status::interrupted;
         for (int64_t b = 0; b < bands; ++b) {
             if (static_cast<double>(difference[b]) > kSymmetryTolerance * static_cast<double>(most))
@@ -201,35 +238,55 @@ class Zipper {
             if (spent(m)) bar_pairs_inside(m);
         }
         parallel_each(a.threads, ceil_div(n, kTile), [&](int64_t band, int worker) {
+            int64_t place;
             for (int64_t i = band * kTile; i < min64((band + 1) * kTile, n); ++i) {
                 if (stop(worker)) return;
-                search(i);
+                pull(i);
+                best[i] = first_max(row(i), gone.get(), i + 1, n, &place);
+                partner[i] = static_cast<Place>(place);
             }
         });
+        for (int64_t i = 0; i < n; i += kGroup) find_highest(i);
     }
 
     bool spent(int m) const { return a.budget[m] <= 0 || a.block_budget[m] <= 0; }
 
-    void search(int64_t i) {
-        pull(i);
-        best[i] = first_max(row(i), gone.get(), i + 1, n, &partner[i]);
+    // The largest of the entries that are recorded of row i's group.
+    void find_highest(int64_t i) {
+        const int64_t first = i / kGroup * kGroup;
+        T top = kNone;
+        for (int64_t k = first; k < min64(first + kGroup, n); ++k) top = best[k] > top ? best[k] : top;
+        highest[i / kGroup] = top;
+    }
+
+    void set_best(int64_t i, T entry, int64_t place) {
+        best[i] = entry;
+        partner[i] = static_cast<Place>(place);
         stale[i] = 0;
+        find_highest(i);
     }
 
     // The first row with the largest entry, or -1.
     int64_t top_row() {
         for (;;) {
-            int64_t i;
-            const T top = first_max(best.get(), none.get(), 0, n, &i);
-            if (i < 0 || top == kNone) return -1;
+            int64_t group, place;
+            const T top = first_max(highest.get(), none.get(), 0, ceil_div(n, kGroup), &group);
+            if (group < 0) return -1;
+            int64_t i = group * kGroup;
+            while (best[i] != top) ++i;
             if (!stale[i]) return i;
-            search(i);
+            pull(i);
+            const T entry = first_max(row(i), gone.get(), i + 1, n, &place);
+            set_best(i, entry, place);
         }
     }
 
-    void merge(int64_t i, int64_t j) {
-        pull(i);
-        pull(j);
+    void merge(Crew& crew, int64_t i, int64_t j) {
+        // Neither reads an entry that the other writes: of two merged rows, the later one has the entry of both.
+        crew.each(parts > 1 ? 2 : 1, [&](int part) {
+            if (part == 0) pull(i);
+            if (part == 1 || parts == 1) pull(j);
+        });
         a.owner[j] = i;
         remove(j);
         if (model[i] == model[j]) spend(model[i]);
@@ -238,20 +295,33 @@ class Zipper {
             for (int64_t k = 0; k < j; ++k) stale[k] |= partner[k] == i || partner[k] == j;
             return;
         }
-        T* to = row(i);
+        T entry[kMostParts];
+        int64_t place[kMostParts];
+        crew.each(parts, [&](int part) {
+            const int64_t groups = ceil_div(n, kGroup);
+            const int64_t from = groups * part / parts * kGroup, to = groups * (part + 1) / parts * kGroup;
+            entry[part] = merge_columns(i, j, from, min64(to, n), &place[part]);
+        });
+        int first = 0;
+        for (int part = 1; part < parts; ++part) first = entry[part] > entry[first] ? part : first;
+        set_best(i, entry[first], place[first]);
+        record(crew, i, j);
+    }
+
+    // Columns [from, to) of merged row i, and what rows of these numbers know of it and of j. Returns the largest
+    // entry to the right of the diagonal.
+    T merge_columns(int64_t i, int64_t j, int64_t from, int64_t to, int64_t* place) {
+        T* merged = row(i);
         const T* other = row(j);
         const T by = static_cast<T>(a.attenuation);
-        for (int64_t k = 0; k < n; ++k) to[k] = (other[k] < to[k] ? other[k] : to[k]) * by;
-        record(i, j);
-        for (int64_t k = 0; k < i; ++k) {
-            if (gone[k] == 0) changed(k, i, j, to[k]);
-        }
-        for (int64_t k = i; k < j; ++k) stale[k] |= partner[k] == j;
-        search(i);
+        for (int64_t k = from; k < to; ++k) merged[k] = (other[k] < merged[k] ? other[k] : merged[k]) * by;
+        for (int64_t k = from; k < min64(i, to); k += kGroup) changed(k, min64(min64(i, to), k + kGroup), i, j, merged);
+        for (int64_t k = max64(i, from); k < min64(j, to); ++k) stale[k] |= partner[k] == j;
+        return first_max(merged, gone.get(), max64(i + 1, from), to, place);
     }
 
     // Notes that row i is new and row j free; every kPanel-th time the new rows are transposed into the free ones.
-    void record(int64_t i, int64_t j) {
+    void record(Crew& crew, int64_t i, int64_t j) {
         survivor[events] = static_cast<int32_t>(i);
         loser[events] = static_cast<int32_t>(j);
         seen[i] = static_cast<int32_t>(++events);
@@ -264,10 +334,19 @@ class Zipper {
             const int64_t unit = survivor[first + q];
             from[q] = gone[unit] == 0 ? row(unit) : none.get();
         }
-        for (int64_t k = 0; k < n; ++k) {
-            T* line = panel(first / kPanel, k);
-            for (int64_t q = 0; q < kPanel; ++q) line[q] = from[q][k];
-        }
+        const int64_t rows_a_slot = ceil_div(n, kPanel);
+        crew.each(parts, [&](int part) {
+            for (int64_t slot = kPanel * part / parts; slot < kPanel * (part + 1) / parts; ++slot) {
+                const int64_t end = min64((slot + 1) * rows_a_slot, n);
+                for (int64_t k = slot * rows_a_slot; k < end; k += kLines) {
+                    T* lines = panel(first / kPanel, k);
+                    for (int64_t q = 0; q < kPanel; q += 4) {
+                        const T* const four[4] = {from[q] + k, from[q + 1] + k, from[q + 2] + k, from[q + 3] + k};
+                        transpose_4(four, min64(kLines, end - k), lines + q, kPanel);
+                    }
+                }
+            }
+        });
     }
 
     // Where panel p keeps the entries of row k in its kPanel columns.
@@ -291,23 +370,38 @@ class Zipper {
         seen[k] = static_cast<int32_t>(events);
     }
 
-    // Row k < i after its entry at i became x and j went away. Its recorded maximum is exact, or a bound if stale.
-    void changed(int64_t k, int64_t i, int64_t j, T x) {
-        const bool lost = partner[k] == i || partner[k] == j;
-        if (x > best[k] || (!stale[k] && x == best[k] && (lost || i < partner[k]))) {
-            best[k] = x;
-            partner[k] = i;
-            stale[k] = 0;
-        } else if (lost) {
-            stale[k] = 1;
+    // Rows [from, to) of one group, all below i, after their entries at i became those of row i and j went away. What
+    // is recorded of a row is exact, or a bound if stale.
+    void changed(int64_t from, int64_t to, int64_t i, int64_t j, const T* entries) {
+        const Place at_i = static_cast<Place>(i), at_j = static_cast<Place>(j);
+        if (to - from == kGroup) {  // mostly nothing is to be done for any of them
+            Place any = 0;
+            for (int64_t k = from; k < from + kGroup; ++k) {
+                any |= (gone[k] == 0) & ((entries[k] >= best[k]) | (partner[k] == at_i) | (partner[k] == at_j));
+            }
+            if (any == 0) return;
         }
+        T top = highest[from / kGroup];
+        for (int64_t k = from; k < to; ++k) {
+            if (gone[k] != 0) continue;
+            const T x = entries[k];
+            const bool lost = partner[k] == at_i || partner[k] == at_j;
+            if (x > best[k] || (!stale[k] && x == best[k] && (lost || at_i < partner[k]))) {
+                best[k] = x;
+                partner[k] = at_i;
+                stale[k] = 0;
+                top = x > top ? x : top;
+            } else if (lost) {
+                stale[k] = 1;
+            }
+        }
+        highest[from / kGroup] = top;
     }
 
     // The unit takes part in no further pair.
     void remove(int64_t unit) {
         gone[unit] = kNone;
-        best[unit] = kNone;
-        stale[unit] = 0;
+        set_best(unit, kNone, partner[unit]);
     }
 
     void spend(int m) {
@@ -334,13 +428,15 @@ class Zipper {
     const ZipArgs& a;
     const int64_t n;
     const int64_t ld;
+    const int parts;     // of a merge: its columns are cut into so many
     int64_t events = 0;  // merges recorded
     bool stopped = false;
-    T* w = nullptr;  // [n, ld] the working similarity; its diagonal is never looked at
-    Buffer<T> copy;  // of it, unless the caller gives up his
-    Buffer<T> gone;  // [n] added to a row's entries: -inf for units that take part in no further pair, else 0
-    Buffer<T> best;  // [n] the row's largest entry to the right of the diagonal
-    Buffer<int64_t> partner;
+    T* w = nullptr;     // [n, ld] the working similarity; its diagonal is never looked at
+    Buffer<T> copy;     // of it, unless the caller gives up his
+    Buffer<T> gone;     // [n] added to a row's entries: -inf for units that take part in no further pair, else 0
+    Buffer<T> best;     // [n] the row's largest entry to the right of the diagonal
+    Buffer<T> highest;  // [groups] the largest of best in each group of rows
+    Buffer<Place> partner;
     Buffer<uint8_t> stale;
     Buffer<int32_t> model;
     Buffer<int32_t> seen;             // [n] the merges whose columns a row has taken over

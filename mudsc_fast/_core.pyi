@@ -1,5 +1,6 @@
 """Compiled kernels of mudsc_fast. Private: call the functions of the package instead."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +59,17 @@ def zip(
     threads: int,
     trusted: bool = False,  # entries are finite: not looked for NaN and infinities
 ) -> tuple[float, int]: ...
+def zip_unions(
+    similarity: Tensor,
+    units: Tensor,
+    model_of: Tensor,
+    merges: int,
+    attenuation: float,
+    budget: Tensor,
+    block_budget: int,
+    owner: Tensor,
+    threads: int,
+) -> list[tuple[float, int]]: ...
 def assign_lone(similarity: Tensor) -> bytearray | None: ...
 def assign_tile(
     tile: Tensor,
@@ -107,6 +119,7 @@ class CovarianceBuffers:
         counts: Tensor,
     ) -> None: ...
     def update(self, features: list[Tensor], dim: int, threads: int) -> None: ...
+    def update_plain(self, features: Sequence[Tensor], dim: int, threads: int) -> bool: ...
     def flush(self, threads: int) -> None: ...
     def merge(self, other: CovarianceBuffers, threads: int) -> None: ...
     def rebase(self, shift: Tensor, scale: Tensor, threads: int) -> None: ...
@@ -121,6 +134,7 @@ def similarity(
     out: Tensor,
     threads: int,
 ) -> int | None: ...
+def describe(tensors: list[Tensor], alike: int) -> tuple[bytes, list[int]] | None: ...
 def sound_labels(labels: Tensor, blocks: int, align: bool) -> int: ...
 
 class NetworkLayout:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import backends
+from mudsc_fast.backends.cpu_covariance import CpuCovariance
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCOPES = ("full", "cross")
@@ -88,6 +89,9 @@ class Covariance:
             TypeError: not tensors, or not floating.
             ValueError: another number of tensors, a wrong width or device, no samples, sample counts that differ.
         """
+        sums = self._sums
+        if type(sums) is CpuCovariance and type(dim) is int and sums.update_plain(features, dim):
+            return
         if isinstance(features, Tensor) or not isinstance(features, Sequence):
             raise TypeError(f"features: expected a sequence of one tensor a model, got {type(features).__name__}")
         if len(features) != self.models:

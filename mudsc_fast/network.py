@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 # Types whose tensors are in memory already; any other mapping may read them when asked.
 _IN_MEMORY = (dict, OrderedDict)
-_TENSORS = (Tensor, torch.nn.Parameter)
 _FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -89,19 +88,12 @@ def network_of(
 
     state_dicts: None where weights are not compared. Arguments are those of ``match``, checked.
     """
-    tensors: list[Tensor] = []
-    key: list[object] = [models]
-    if state_dicts is not None:
-        for state_dict in state_dicts:
-            if type(state_dict) not in _IN_MEMORY:
-                return None
-        for name in spec.compared:
-            for state_dict in state_dicts:
-                x = state_dict[name]
-                if type(x) not in _TENSORS or x.dtype not in _FLOATS or not x.is_cpu or x.is_neg():
-                    return None
-                tensors.append(x)
-                key += (x.shape, x.stride(), x.dtype)
+    if state_dicts is not None and any(type(state_dict) not in _IN_MEMORY for state_dict in state_dicts):
+        return None
+    tensors = [state_dict[name] for name in spec.compared for state_dict in state_dicts or ()]
+    described = _core.describe(tensors, 0)
+    if described is None:
+        return None
     if getattr(activations, "info", None) is not None:  # statistics on disk
         return None
     seen: list[_core.CovarianceBuffers | None] = []
@@ -113,15 +105,14 @@ def network_of(
                 return None
             sums.flush()
         seen.append(None if sums is None else sums.buffers)
-    kinds = tuple(key)
+    kinds = (models, described[0])
     layout = spec.resolved.get(kinds)
     if layout is None:
         layout = spec.resolved[kinds] = _resolve(spec, tensors, models)
         while len(spec.resolved) > _KEPT:
             spec.resolved.popitem(last=False)
-    pointers = [x.data_ptr() for x in tensors]
     order = [widths[space.name] for space in spec.spaces]
-    core = _core.Network(layout, pointers, zipped, order, attenuation, budget, seen)
+    core = _core.Network(layout, described[1], zipped, order, attenuation, budget, seen)
     index = {space.name: k for k, space in enumerate(spec.spaces)}
     near = {space.name: spec.neighbours(space.name) for space in spec.spaces}
     return Network(core, index, near, models, (tensors, seen))
@@ -263,39 +254,33 @@ def merging_of(
         return None
     if any(type(state_dict) not in _IN_MEMORY for state_dict in state_dicts):
         return None
-    tensors: dict[str, list[Tensor]] = {}
-    for name in state_dicts[0]:
-        if name in spec.entries:
-            each = [state_dict[name] for state_dict in state_dicts]
-            if _alike(each):
-                tensors[name] = each
-    kinds = ("merge", len(state_dicts), *((name, each[0].shape, each[0].dtype) for name, each in tensors.items()))
+    models = len(state_dicts)
+    names = [name for name in state_dicts[0] if name in spec.entries]
+    flat = [state_dict[name] for name in names for state_dict in state_dicts]
+    described = _core.describe(flat, models)
+    if described is None:  # at least one that has to be merged the plain way; the others are not
+        each = {name: [state_dict[name] for state_dict in state_dicts] for name in names}
+        names = [name for name in names if _core.describe(each[name], models) is not None]
+        flat = [x for name in names for x in each[name]]
+        described = _core.describe(flat, models)
+        if described is None:
+            return None
+    tensors = {name: flat[k * models : (k + 1) * models] for k, name in enumerate(names)}
+    kinds = ("merge", models, tuple(names), described[0])
     known = spec.resolved.get(kinds)
     if known is None:
-        known = spec.resolved[kinds] = _resolve_merge(spec, tensors, len(state_dicts))
+        known = spec.resolved[kinds] = _resolve_merge(spec, tensors, models)
         while len(spec.resolved) > _KEPT:
             spec.resolved.popitem(last=False)
     layout, index = known
-    pointers = [x.data_ptr() for name in index for x in tensors[name]]
+    pointers = described[1]
+    if len(index) < len(names):
+        pointers = [p for k, name in enumerate(names) if name in index for p in pointers[k * models : (k + 1) * models]]
     order = [space.width for space in spec.spaces]
     core = _core.Network(layout, pointers, False, order, 0.5, 1.0, [None] * len(order))
     for k, space in enumerate(spec.spaces):
         core.set_labels(k, labels[space.name], space.width)
     return Merging(core, tensors, index, list(shares))
-
-
-def _alike(each: Sequence[Tensor]) -> bool:
-    """Whether the tensors are dense floating ones on the CPU, all of one shape and type."""
-    first = each[0]
-    return all(
-        type(x) in _TENSORS
-        and x.dtype == first.dtype
-        and x.shape == first.shape
-        and x.is_cpu
-        and x.is_contiguous()
-        and not x.is_neg()
-        for x in each
-    ) and (first.dtype in _FLOATS and first.numel() > 0)
 
 
 def _resolve_merge(

@@ -177,6 +177,30 @@ def test_models_may_differ_in_strides_and_types(isa: str) -> None:
     assert largest_error([mixed, [a.bfloat16(), b.bfloat16(), c.bfloat16()], mixed], 33) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_usual_batches_are_checked_in_one_step(dtype: torch.dtype) -> None:
+    x, y = (part.to(dtype) for part in features(24, 6))
+    quick, plain = mf.Covariance(6), mf.Covariance(6)
+    for batch, dim in (([x, y], -1), ((x[:1], y[:1]), 1), ([x.T, y.T.contiguous()], 0), ([x.view(2, 12, 6)] * 2, -1)):
+        assert quick._sums.update_plain(batch, dim)
+        plain._sums.update([part.detach() for part in batch], dim % batch[0].dim())
+    assert quick.count == plain.count == 24 + 1 + 24 + 24
+    assert torch.equal(quick.correlation(), plain.correlation())
+    leaf = x.float().requires_grad_()
+    assert quick._sums.update_plain([leaf, y], -1)
+    negated = torch.complex(x.float(), x.float()).conj().imag
+    assert negated.is_neg()
+    shared = [x, y, x]
+    for refused, dim in (
+        ([x], -1), (shared, -1), ([x, y[:3]], -1), ([x, y[:, :5]], -1), ([x, y.double()], -1), ([x, y.long()], -1),
+        ([x, y.float().to_sparse()], -1), ([x, negated], -1), ([x, torch.nn.Parameter(y)], -1), ([x[:0], y[:0]], -1),
+        ([x, y[None]], 1), ([x, y], 2), ([x, y], 0), (iter([x, y]), -1), ([x, y.tolist()], -1), (x, -1),
+    ):  # fmt: skip
+        before = quick.count
+        assert not quick._sums.update_plain(refused, dim), dim
+        assert quick.count == before
+
+
 def test_types_may_change_between_batches(isa: str) -> None:
     batch = features(90, 20, ratio=1)
     parts = split(batch, [30, 30, 30])

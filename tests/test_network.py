@@ -146,6 +146,22 @@ def test_what_is_wrong_is_said_as_by_the_ops(method: str) -> None:
         mf.match(state_dicts, case.spec, None, method)
 
 
+def test_tensors_are_described_where_they_are_plain() -> None:
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    described = _core.describe([x, y], 2)
+    assert described is not None
+    assert described[1] == [x.data_ptr(), y.data_ptr()]
+    assert _core.describe([torch.nn.Parameter(x), x[1:]], 0)[1] == [x.data_ptr(), x[1:].data_ptr()]
+    kinds = [[x], [x.T], [x[:, :5]], [x[:3]], [x.double()], [x.half()], [x.bfloat16()], [x, x], [x.flatten()]]
+    assert len({_core.describe(kind, 0)[0] for kind in kinds}) == len(kinds)
+    complex_ = torch.complex(x, y)
+    for refused in (x.long(), x.to_sparse(), complex_, complex_.conj().imag, x.to("meta"), [1.0], None):
+        assert _core.describe([x, refused], 0) is None
+    for unlike in (y[:3], y.T, y[:, :5], y.double(), y.t().contiguous().t()):
+        assert _core.describe([x, unlike], 2) is None
+    assert _core.describe([x[:0], y[:0]], 2) is None
+
+
 def test_what_is_kept_with_a_spec() -> None:
     case = ARCHITECTURES["resnet"]
     spec = mf.PermutationSpec(case.spec.spaces)

@@ -22,8 +22,14 @@ namespace py = pybind11;
 class Torch {
   public:
     static bool is_tensor(const py::handle& object) { return py::type::handle_of(object).ptr() == names().tensor; }
+    static bool is_parameter(const py::handle& object) {
+        return py::type::handle_of(object).ptr() == names().parameter;
+    }
     static bool is_cpu(const py::handle& tensor) {
         return checked(PyObject_GetAttr(tensor.ptr(), names().is_cpu)).ptr() == Py_True;
+    }
+    static bool is_strided(const py::handle& tensor) {
+        return checked(PyObject_GetAttr(tensor.ptr(), names().layout)).ptr() == names().strided;
     }
     static bool is_neg(const py::handle& tensor) {
         return checked(PyObject_CallMethodObjArgs(tensor.ptr(), names().is_neg, nullptr)).ptr() == Py_True;
@@ -41,7 +47,10 @@ class Torch {
   private:
     struct Names {
         PyObject* tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+        PyObject* parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
         PyObject* to_dlpack = py::object(py::module_::import("torch.utils.dlpack").attr("to_dlpack")).release().ptr();
+        PyObject* strided = py::object(py::module_::import("torch").attr("strided")).release().ptr();
+        PyObject* layout = PyUnicode_InternFromString("layout");
         PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
         PyObject* is_neg = PyUnicode_InternFromString("is_neg");
         PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");

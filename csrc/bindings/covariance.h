@@ -48,30 +48,39 @@ class CovarianceBuffers {
     void update(const std::vector<py::object>& features, int dim, int threads) {
         require(static_cast<int64_t>(features.size()) == state_.models, "features: expected one tensor a model");
         std::vector<TensorArg> tensors;
-        std::vector<CovarianceSource> sources(features.size());
         tensors.reserve(features.size());
-        int64_t samples = 0;
-        for (size_t m = 0; m < features.size(); ++m) {
-            const TensorArg& x = tensors.emplace_back(features[m], "features");
+        for (const py::object& x : features) tensors.emplace_back(x, "features");
+        for (const TensorArg& x : tensors) {
             require(!x->cuda && dim >= 0 && dim < x->ndim && x->shape[dim] == state_.width,
                     "features: wrong device or width");
-            CovarianceSource& source = sources[m];
-            source.dtype = x->dtype;
-            source.data = x->data;
-            source.unit_stride = x->strides[dim];
-            int64_t count = 1;
-            for (int d = 0; d < x->ndim; ++d) {
-                if (d == dim) continue;
-                source.shape[source.ndim] = x->shape[d];
-                source.strides[source.ndim++] = x->strides[d];
-                count *= x->shape[d];
-            }
-            require(m == 0 || count == samples, "features: expected as many samples from every model");
-            samples = count;
+            require(x->numel() == tensors[0]->numel(), "features: expected as many samples from every model");
         }
-        run([&](const KernelTable& table) {
-            return table.covariance_update(CovarianceUpdateArgs{&state_, sources.data(), samples, threads});
-        });
+        add(tensors, dim, threads);
+    }
+    // The usual batch, checked and added in one step of a microsecond or two: a list or tuple of plain CPU tensors that
+    // agree. False, with nothing added, for all that wants a closer look.
+    bool update_plain(const py::object& features, int dim, int threads) {
+        if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return false;
+        const auto models = static_cast<size_t>(state_.models);
+        if (static_cast<size_t>(PySequence_Fast_GET_SIZE(features.ptr())) != models) return false;
+        std::vector<TensorArg> tensors;
+        tensors.reserve(models);
+        int axis = 0;
+        for (size_t m = 0; m < models; ++m) {
+            const py::handle x = PySequence_Fast_GET_ITEM(features.ptr(), static_cast<Py_ssize_t>(m));
+            if (!Torch::is_tensor(x) || !Torch::is_cpu(x) || !Torch::is_strided(x) || Torch::is_neg(x)) return false;
+            const int64_t ndim = Torch::dim(x), at = dim < 0 ? dim + ndim : dim;
+            if (ndim > kMaxDims || at < 0 || at >= ndim || (m > 0 && at != axis)) return false;
+            axis = static_cast<int>(at);
+            const TensorArg& view = tensors.emplace_back(x, "features");
+            const bool half = view->dtype == Dtype::bf16 || view->dtype == Dtype::f16;
+            if (!half && view->dtype != Dtype::f32 && (view->dtype != Dtype::f64 || state_.dtype != Dtype::f64))
+                return false;
+            const int64_t entries = view->numel();
+            if (view->shape[axis] != state_.width || entries == 0 || entries != tensors[0]->numel()) return false;
+        }
+        add(tensors, axis, threads);
+        return true;
     }
     void flush(int threads) {
         run([&](const KernelTable& table) { return table.covariance_flush(state_, threads); });
@@ -97,6 +106,26 @@ class CovarianceBuffers {
     const CovarianceState& state() const { return state_; }
 
   private:
+    // One tensor a model, all with as many samples, units along dim.
+    void add(const std::vector<TensorArg>& tensors, int dim, int threads) {
+        std::vector<CovarianceSource> sources(tensors.size());
+        for (size_t m = 0; m < tensors.size(); ++m) {
+            const TensorArg& x = tensors[m];
+            CovarianceSource& source = sources[m];
+            source.dtype = x->dtype;
+            source.data = x->data;
+            source.unit_stride = x->strides[dim];
+            for (int d = 0; d < x->ndim; ++d) {
+                if (d == dim) continue;
+                source.shape[source.ndim] = x->shape[d];
+                source.strides[source.ndim++] = x->strides[d];
+            }
+        }
+        const int64_t samples = tensors[0]->numel() / state_.width;
+        run([&](const KernelTable& table) {
+            return table.covariance_update(CovarianceUpdateArgs{&state_, sources.data(), samples, threads});
+        });
+    }
     template <typename Fn>
     static void run(const Fn& fn) {
         check(without_gil(fn), "covariance");

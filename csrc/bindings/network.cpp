@@ -205,6 +205,44 @@ std::vector<int> merge(Network& network, const std::vector<double>& shares, cons
     return result;
 }
 
+// What a layout depends on of tensors, type, shape and strides of each, as bytes; and where each begins. None where one
+// is not a plain floating tensor on the CPU. With `alike` they come in groups of so many, one tensor of every model,
+// and those of a group have to be of one shape and type, dense and not empty.
+py::object describe(const py::list& tensors, size_t alike) {
+    std::string kinds;
+    py::list pointers(tensors.size());
+    size_t last = 0;  // where the description of the tensor before begins
+    for (size_t k = 0; k < tensors.size(); ++k) {
+        py::object tensor = py::reinterpret_borrow<py::object>(tensors[k]);
+        if (Torch::is_parameter(tensor)) tensor = tensor.attr("detach")();
+        if (!Torch::is_tensor(tensor) || !Torch::is_cpu(tensor) || !Torch::is_strided(tensor) || Torch::is_neg(tensor))
+            return py::none();
+        if (Torch::dim(tensor) > kMaxDims) return py::none();
+        const TensorArg view(tensor, "tensors");
+        if (view->dtype != Dtype::f64 && view->dtype != Dtype::f32 && view->dtype != Dtype::f16 &&
+            view->dtype != Dtype::bf16)
+            return py::none();
+        const size_t first = kinds.size();
+        const auto note = [&](int64_t number) { kinds.append(reinterpret_cast<const char*>(&number), sizeof number); };
+        note(static_cast<int64_t>(view->dtype));
+        note(view->ndim);
+        int64_t dense = 1;
+        bool plain = view->numel() > 0;
+        for (int d = view->ndim - 1; d >= 0; --d) {
+            note(view->shape[d]);
+            note(view->strides[d]);
+            plain &= view->shape[d] == 1 || view->strides[d] == dense;
+            dense *= view->shape[d];
+        }
+        if (alike > 0 && !plain) return py::none();
+        if (alike > 0 && k % alike != 0 && kinds.compare(first, kinds.npos, kinds, last, first - last) != 0)
+            return py::none();
+        last = first;
+        pointers[k] = reinterpret_cast<uintptr_t>(view->data);
+    }
+    return py::make_tuple(py::bytes(kinds), pointers);
+}
+
 // Merged units of labels (models, width) that keep what a plan promises: every merged unit from 0 on has a member,
 // blocks stay together, and with `align` every row is a permutation, the first one in order. 0 where they do not.
 int64_t sound_labels(const py::object& labels_obj, int64_t blocks, bool align) {
@@ -239,6 +277,7 @@ int64_t sound_labels(const py::object& labels_obj, int64_t blocks, bool align) {
 }  // namespace
 
 void bind_network(py::module_& m) {
+    m.def("describe", &describe, py::arg("tensors"), py::arg("alike"));
     m.def("sound_labels", &sound_labels, py::arg("labels"), py::arg("blocks"), py::arg("align"));
     py::class_<NetworkLayout, std::shared_ptr<NetworkLayout>>(m, "NetworkLayout")
         .def(py::init(&make_layout), py::arg("models"), py::arg("spaces"), py::arg("maps"), py::arg("terms"),

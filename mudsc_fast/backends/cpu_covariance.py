@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,10 @@ class CpuCovariance:
     def update(self, features: list[Tensor], dim: int) -> None:
         """Add one batch, checked by the caller."""
         self.buffers.update(features, dim, torch.get_num_threads())
+
+    def update_plain(self, features: Sequence[Tensor], dim: int) -> bool:
+        """Check a batch as it came and add it, all in one step; False, with nothing added, if it is not a usual one."""
+        return self.buffers.update_plain(features, dim, torch.get_num_threads())
 
     def flush(self) -> None:
         """Multiply the samples that wait in the panels."""

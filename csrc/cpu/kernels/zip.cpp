@@ -72,18 +72,6 @@ T first_max(const T* row, const T* bar, int64_t from, int64_t n, int64_t* place)
     return best;
 }
 
-// A row's number, as wide as an entry: both are compared in one loop.
-template <typename T>
-struct Number;
-template <>
-struct Number<float> {
-    using type = int32_t;
-};
-template <>
-struct Number<double> {
-    using type = int64_t;
-};
-
 template <typename T>
 class Zipper {
   public:
@@ -111,7 +99,10 @@ class Zipper {
     }
 
   private:
-    using Place = typename Number<T>::type;
+    // A number without its sign: as integers these are in the order of magnitude, and infinities and NaN above all.
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    static constexpr Bits kInfinite = sizeof(T) == 4 ? Bits{0x7f800000} : static_cast<Bits>(0x7ff0000000000000);
+    using Place = Bits;  // a row's number, as wide as an entry: both are compared in one loop
 
     T* row(int64_t i) const { return w + i * ld; }
     static constexpr T kNone = -static_cast<T>(INFINITY);
@@ -136,10 +127,6 @@ class Zipper {
         if (worker == 0 && !stopped && a.poll()) __atomic_store_n(&stopped, true, __ATOMIC_RELAXED);
         return __atomic_load_n(&stopped, __ATOMIC_RELAXED);
     }
-
-    // A number without its sign: as integers these are in the order of magnitude, and infinities and NaN above all.
-    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    static constexpr Bits kInfinite = sizeof(T) == 4 ? Bits{0x7f800000} : static_cast<Bits>(0x7ff0000000000000);
 
     static Bits largest_magnitude(const T* x, int64_t count) {
         constexpr Bits unsigned_part = std::numeric_limits<Bits>::max();

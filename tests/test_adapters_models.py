@@ -13,6 +13,7 @@ import networks
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mudsc_fast as mf
@@ -142,6 +143,54 @@ def test_fusion_bench_lazy_state_dicts() -> None:
     assert all(0 < each.reads < 60 for each in lazy)
     plain = fusion_bench.fuse([Lazy(m.state_dict()) for m in (model, other)], progress=False)
     assert all(torch.equal(plain[key], merged[key]) for key in merged)
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """As accelerate.init_empty_weights leaves it: parameters on meta, tied ones apart, buffers as they are."""
+    for module in network.modules():
+        for name, own in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(own.to("meta")))
+    return network
+
+
+def _lazy(folder: Path) -> Any:
+    """fusion_bench's own lazy state dict, or where it is missing one that tells the same."""
+    try:
+        from fusion_bench.utils.lazy_state_dict import LazyStateDict
+    except ImportError:
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        return Lazy(load_file(folder / "model.safetensors"), _without_weights(network))
+    return LazyStateDict(str(folder), meta_module_class=transformers.AutoModelForCausalLM)
+
+
+@pytest.mark.usefixtures("bench")
+def test_fusion_bench_gives_a_module_of_lazy_state_dicts(folders: dict[str, Path]) -> None:
+    """With tied embeddings, which neither the file nor a network without weights has as one."""
+    states = [_lazy(folders[name]) for name in ("b", "pb")]
+    assert "lm_head.weight" not in list(states[0])
+    merged = fusion_bench.MudscAlgorithm().run(states)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folders["b"])
+    assert type(merged) is type(expected)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(merged(tokens).logits, expected(tokens).logits, rtol=0, atol=1e-4)
+    assert states[0].meta_module.lm_head.weight.is_meta
+
+
+@pytest.mark.usefixtures("bench")
+def test_fusion_bench_names_what_a_lazy_network_lacks(tmp_path: Path) -> None:
+    model, other = _pair()
+    network = networks.MLP(inputs=8, widths=(12, 14), num_outputs=3)
+    network.register_buffer("scale", torch.ones(1), persistent=False)
+    lazy = [Lazy(m.state_dict(), meta_module=network.to("meta")) for m in (model, other)]
+    with pytest.raises(ValueError, match="meta_module: 'scale' has no values"):
+        fusion_bench.MudscAlgorithm().run(lazy)
+    for name in ("config", "fusion_bench_config"):
+        with pytest.raises(ValueError, match=f"instead of its own configurations.*'{name}'|{name}.*instead"):
+            fusion_bench.write_config(tmp_path / name)
+    del lazy[0].state["fc1.bias"]
+    with pytest.raises(ValueError, match=r"has no tensor 'fc1.bias'.*give modules instead"):
+        fusion_bench.fuse(lazy)
 
 
 def test_fusion_bench_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ import gzip
 import json
 from pathlib import Path
 
+import documents
 import pytest
 import torch
 from click.testing import CliRunner
 from fashion_mnist import (
+    cost,
     data,
     evaluate,
     heterogeneous,
@@ -64,7 +66,7 @@ def test_missing_and_damaged_files_are_named(files: Path) -> None:
 
 
 def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (parents, evaluate, landscapes, plots, train, table):
+    for module in (parents, cost, evaluate, landscapes, plots, train, table):
         monkeypatch.setattr(module, "NETWORKS", {"mlp": NETWORK})
     monkeypatch.setattr(heterogeneous, "EPOCHS", 1)
     cache, document, results = tmp_path / "cache", tmp_path / "quality.md", tmp_path / "quality.json"
@@ -118,6 +120,23 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
         assert (figures / f"{name}.png").stat().st_size > 5000
         assert (figures / f"{name}.svg").stat().st_size > 5000
     assert json.loads(results.read_text())["results"]["halves"]["mlp"]["0"]["rows"]["parents"] == rows["parents"]
+
+    # Every line that the document shows, on what is there: rows that were measured are not measured again.
+    small = {
+        "train": [*where, "--split", "halves", "--seeds", "1"],
+        "evaluate": [*where, *common],
+        "cost": [*where, "--images", "200"],
+        "landscape": [*drawn[1:], "--figures", str(figures)],
+        "table": ["--cache", str(cache), "--results", str(results), "--document", str(document)],
+        "plots": ["--results", str(results), "--figures", str(figures)],
+    }
+    lines = documents.commands(documents.ROOT / "examples/fashion_mnist/README.md")
+    assert [words[:-1] for words in lines] == [["export"], *[["python", "-m", "fashion_mnist"]] * len(small)]
+    shown = [words[-1] for words in lines[1:]]
+    assert set(shown) == set(small)
+    for subcommand in shown:
+        run(subcommand, *small[subcommand])
+    assert json.loads((cache / "cost.json").read_text())["mlp"]["refit"] > 0
 
 
 def test_the_better_body_is_the_control() -> None:

@@ -1,7 +1,7 @@
 """fusion_bench: MuDSC as a method of its own; its lazy state dicts are read tensor by tensor.
 
-``fusion_bench --config-dir . method=mudsc`` runs it with the configuration of ``write_config``; the class is made when
-it is first asked for, since its base class is fusion_bench's.
+``fusion_bench --config-dir FOLDER method=mudsc`` runs it with the configuration of ``write_config``; the class is made
+when it is first asked for, since its base class is fusion_bench's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from mudsc_fast.adapters.pretrained import network_spec
+from mudsc_fast.adapters.pretrained import OnDisk, network_spec
 from mudsc_fast.calibration import calibrate
 from mudsc_fast.matching import match
 from mudsc_fast.specs import spec_for
@@ -35,8 +35,20 @@ weights: null # share of each model
 """
 
 
+_TAKEN = ("config", "fusion_bench_config")
+
+
 def write_config(folder: str | Path) -> Path:
-    """Write ``method/mudsc.yaml`` below the folder, for ``fusion_bench --config-dir FOLDER method=mudsc``."""
+    """Write ``method/mudsc.yaml`` below the folder, for ``fusion_bench --config-dir FOLDER method=mudsc``.
+
+    ValueError for a folder ``config`` or ``fusion_bench_config``: where one stands in the working directory,
+    fusion_bench takes it instead of all configurations of its own.
+    """
+    if Path(folder).name in _TAKEN:
+        raise ValueError(
+            f"folder: fusion_bench would read {Path(folder).name!r} instead of its own configurations and find none of "
+            "them; expected another name, such as 'mudsc_config'"
+        )
     path = Path(folder) / "method" / "mudsc.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(CONFIG, encoding="utf-8")
@@ -66,8 +78,7 @@ def fuse(
             raise TypeError(f"models: expected modules or state dicts, got {type(model).__name__} for model {m}")
     first = models[0]
     if spec is None:
-        network = first if isinstance(first, nn.Module) else getattr(first, "meta_module", None)
-        spec = network_spec(network) if isinstance(network, nn.Module) else spec_for(_plain(first))
+        spec = network_spec(first) if isinstance(first, nn.Module) else _spec_of_names(first)
     states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
     modules = [model for model in models if isinstance(model, nn.Module)]
     stats = None
@@ -86,9 +97,43 @@ def fuse(
     return result
 
 
-def _plain(model: Any) -> Mapping[str, Any]:
-    mapping: Mapping[str, Any] = model
-    return mapping
+def _spec_of_names(state: Mapping[str, Tensor]) -> PermutationSpec:
+    """By the names and shapes of a state dict, or traced from a lazy one's module, whose tied tensors it may lack."""
+    network: Any = getattr(state, "meta_module", None)
+    if not isinstance(network, nn.Module):
+        return spec_for(state)
+    found = OnDisk(_tied(copy.deepcopy(network)))
+    try:
+        return found.spec_of(state)
+    except ValueError as error:
+        raise ValueError(f"models: {error} by the name that meta_module has for it; give modules instead") from error
+
+
+def _tied(network: Any) -> nn.Module:
+    """Tensors that are one with weights are made one again: without them they are two."""
+    if hasattr(network, "tie_weights"):
+        network.tie_weights()
+    module: nn.Module = network
+    return module
+
+
+def _loaded(network: nn.Module, merged: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network without weights that has these; tied ones are tied again, other buffers stay."""
+    result = copy.deepcopy(network)
+    result.load_state_dict(merged, strict=False, assign=True)
+    result = _tied(result)
+    empty = [
+        name
+        for tensors in (result.state_dict(), dict(result.named_buffers()))
+        for name in tensors
+        if tensors[name].is_meta
+    ]
+    if empty:
+        raise ValueError(
+            f"meta_module: {empty[0]!r} has no values, neither in the models nor in their network, which must keep its "
+            "buffers, as with accelerate.init_empty_weights"
+        )
+    return result
 
 
 def _make_algorithm() -> type:
@@ -98,7 +143,10 @@ def _make_algorithm() -> type:
         raise ImportError("MudscAlgorithm needs fusion_bench: pip install fusion_bench") from error
 
     class MudscAlgorithm(base):  # type: ignore[misc]
-        """fusion_bench's method ``mudsc``: ``run(modelpool)`` gives a module like the pool's first."""
+        """fusion_bench's method ``mudsc``: ``run(modelpool)`` gives a module like the pool's first.
+
+        Of lazy state dicts too, if they have a ``meta_module``: fusion_bench saves and evaluates modules.
+        """
 
         def __init__(
             self,
@@ -117,8 +165,9 @@ def _make_algorithm() -> type:
             self.seed, self.weights, self.batches, self.spec = seed, weights, batches, spec
 
         def run(self, modelpool: Any) -> Any:
-            return fuse(
-                _models_of(modelpool),
+            models = _models_of(modelpool)
+            fused = fuse(
+                models,
                 self.batches,
                 self.spec,
                 self.method,
@@ -128,6 +177,8 @@ def _make_algorithm() -> type:
                 budget=self.budget,
                 seed=self.seed,
             )
+            network = None if isinstance(fused, nn.Module) else getattr(models[0], "meta_module", None)
+            return fused if network is None else _loaded(network, fused)
 
     MudscAlgorithm.__module__ = __name__
     MudscAlgorithm.__qualname__ = "MudscAlgorithm"

@@ -1,0 +1,1 @@
+"""What docs/adapters.md needs of fusion_bench, for where it is not installed."""

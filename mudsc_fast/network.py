@@ -227,15 +227,17 @@ class Merging:
         names: list[str] = []
         outs: list[Tensor] = []
         size = 0
-        while self._left and (not names or size < _AT_ONCE):
-            names.append(self._left.popleft())
-            outs.append(torch.empty_like(self._tensors[names[-1]][0]))
-            size += outs[-1].nbytes
+        while self._left and size < _AT_ONCE:
+            name = self._left.popleft()
+            out = torch.empty_like(self._tensors[name][0])
+            names.append(name)
+            outs.append(out)
+            size += out.nbytes
         which, pointers = [self._index[name] for name in names], [out.data_ptr() for out in outs]
         found = self._core.merge(self._shares, which, pointers, torch.get_num_threads())
-        for name, out, status in zip(names, outs, found, strict=True):
-            if status < 2:
-                self._made[name] = out, status == 0
+        self._made.update(
+            (name, (out, status == 0)) for name, out, status in zip(names, outs, found, strict=True) if status < 2
+        )
 
 
 # Bytes of merged tensors that are made by one call, so that a merge holds little beside what it has handed out.

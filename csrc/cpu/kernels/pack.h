@@ -248,7 +248,7 @@ void scale_columns(const Columns& columns, int64_t units, int64_t c0, int64_t n,
     }
 }
 
-// Units that lie apart: their columns are read unit by unit and transposed, four units at a time.
+// Units that lie apart: their columns are read unit by unit and transposed, eight units at a time.
 template <typename W, typename T>
 void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
                 W* to) {
@@ -260,10 +260,12 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
         scale_columns(columns, units, c0, n, to);
         return;
     }
-    W part[4][kPackRows];
-    for (int64_t u0 = 0; u0 < units; u0 += 4) {
-        const int64_t batch = min64(4, units - u0);
-        const W* rows[4] = {part[0], part[1], part[2], part[3]};
+    constexpr int64_t kAtOnce = 8;
+    W part[kAtOnce][kPackRows];
+    for (int64_t u0 = 0; u0 < units; u0 += kAtOnce) {
+        const int64_t batch = min64(kAtOnce, units - u0);
+        const W* rows[kAtOnce];
+        for (int64_t u = 0; u < batch; ++u) rows[u] = part[u];
         for (int64_t u = 0; u < batch; ++u) {
             const T* unit = data + unit_off[u0 + u];
             if (run && sizeof(T) == sizeof(W)) {
@@ -274,12 +276,16 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
                 gather_unit(unit, columns, runs, count, part[u]);
             }
         }
-        if (batch == 4) {
+        int64_t done = 0;
+        if (batch == kAtOnce) {
+            transpose_8(rows, n, to + u0, kPanel);
+            done = kAtOnce;
+        } else if (batch >= 4) {
             transpose_4(rows, n, to + u0, kPanel);
-        } else {
-            for (int64_t k = 0; k < n; ++k) {
-                for (int64_t u = 0; u < batch; ++u) to[k * kPanel + u0 + u] = rows[u][k];
-            }
+            done = 4;
+        }
+        for (; done < batch; ++done) {
+            for (int64_t k = 0; k < n; ++k) to[k * kPanel + u0 + done] = rows[done][k];
         }
     }
     scale_columns(columns, units, c0, n, to);

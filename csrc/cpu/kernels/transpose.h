@@ -1,4 +1,4 @@
-// Four rows side by side become lines of four.
+// Four or eight rows side by side become lines of as many.
 #pragma once
 
 #include <stdint.h>
@@ -33,6 +33,38 @@ template <typename W>
     for (; k < n; ++k) {
         for (int u = 0; u < 4; ++u) to[k * ld + u] = rows[u][k];
     }
+}
+
+// The same for 8 rows.
+template <typename W>
+[[maybe_unused]] inline void transpose_8(const W* const* rows, int64_t n, W* to, int64_t ld) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(W) == sizeof(float)) {
+        int64_t k = 0;
+        for (; k + 4 <= n; k += 4) {
+            // Rows u and u + 4 in the two halves of a vector: what is shuffled stays in its half.
+            const auto both = [&](int u) {
+                const __m128 x = _mm_loadu_ps(reinterpret_cast<const float*>(rows[u] + k));
+                return _mm256_insertf128_ps(_mm256_castps128_ps256(x),
+                                            _mm_loadu_ps(reinterpret_cast<const float*>(rows[u + 4] + k)), 1);
+            };
+            const __m256 a = both(0), b = both(1), c = both(2), d = both(3);
+            const __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+            const __m256 ba = _mm256_unpackhi_ps(a, b), dc = _mm256_unpackhi_ps(c, d);
+            float* at = reinterpret_cast<float*>(to + k * ld);
+            _mm256_storeu_ps(at, _mm256_shuffle_ps(ab, cd, 0x44));
+            _mm256_storeu_ps(at + ld, _mm256_shuffle_ps(ab, cd, 0xee));
+            _mm256_storeu_ps(at + 2 * ld, _mm256_shuffle_ps(ba, dc, 0x44));
+            _mm256_storeu_ps(at + 3 * ld, _mm256_shuffle_ps(ba, dc, 0xee));
+        }
+        for (; k < n; ++k) {
+            for (int u = 0; u < 8; ++u) to[k * ld + u] = rows[u][k];
+        }
+        return;
+    }
+#endif
+    transpose_4(rows, n, to, ld);
+    transpose_4(rows + 4, n, to + 4, ld);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ constexpr int64_t kTile = 64;
 constexpr int64_t kGroup = 64;               // rows that share a maximum
 constexpr int64_t kShare = 1024;             // columns that are worth a thread
 constexpr int kMostParts = 16;               // of a merge
-constexpr int64_t kLines = 128;              // of a panel that are written before the next four columns of it
+constexpr int64_t kLines = 128;              // of a panel that are written before the next eight columns of it
 constexpr int64_t kPanel = 16;               // merges a panel
 constexpr int64_t kPolled = 16;              // merges between two looks at the clock
 constexpr int64_t kAhead = 8;                // panels fetched ahead: each holds one line for a row
@@ -327,9 +327,10 @@ class Zipper {
                 const int64_t end = min64((slot + 1) * rows_a_slot, n);
                 for (int64_t k = slot * rows_a_slot; k < end; k += kLines) {
                     T* lines = panel(first / kPanel, k);
-                    for (int64_t q = 0; q < kPanel; q += 4) {
-                        const T* const four[4] = {from[q] + k, from[q + 1] + k, from[q + 2] + k, from[q + 3] + k};
-                        transpose_4(four, min64(kLines, end - k), lines + q, kPanel);
+                    const T* at[kPanel];
+                    for (int64_t q = 0; q < kPanel; ++q) at[q] = from[q] + k;
+                    for (int64_t q = 0; q < kPanel; q += 8) {
+                        transpose_8(at + q, min64(kLines, end - k), lines + q, kPanel);
                     }
                 }
             }

@@ -55,10 +55,10 @@ class TermTable {
     static std::vector<int64_t> offsets(const int64_t* shape, const int64_t* strides, const std::vector<int>& dims) {
         std::vector<int64_t> result{0};
         for (int d : dims) {
-            std::vector<int64_t> longer;
-            longer.reserve(result.size() * static_cast<size_t>(shape[d]));
+            std::vector<int64_t> longer(result.size() * static_cast<size_t>(shape[d]));
+            int64_t* to = longer.data();
             for (int64_t base : result) {
-                for (int64_t i = 0; i < shape[d]; ++i) longer.push_back(base + i * strides[d]);
+                for (int64_t i = 0; i < shape[d]; ++i) *to++ = base + i * strides[d];
             }
             result.swap(longer);
         }
@@ -75,31 +75,28 @@ class TermTable {
                   [](const LabelledAxes& a, const LabelledAxes& b) { return a.dims[0] < b.dims[0]; });
         std::vector<int64_t> members{0}, columns{0};
         std::vector<double> scale{1.0};
-        bool scaled = false;
         for (const LabelledAxes& axes : axes_in_order) {
             const std::vector<int64_t> steps = offsets(shape, strides, axes.dims);
-            std::vector<int64_t> more_members, more_columns;
-            std::vector<double> more_scale;
-            more_members.reserve(members.size() * steps.size());
-            more_columns.reserve(members.size() * steps.size());
-            more_scale.reserve(scale.size() * static_cast<size_t>(axes.size));
+            const size_t count = steps.size(), size = static_cast<size_t>(axes.size);
+            std::vector<int64_t> more_members(members.size() * count), more_columns(members.size() * count);
+            std::vector<double> more_scale(scale.size() * size);
             for (size_t i = 0; i < members.size(); ++i) {
-                for (size_t k = 0; k < steps.size(); ++k) {
-                    const int64_t label = axes.labels != nullptr ? axes.labels[k] : static_cast<int64_t>(k);
-                    more_members.push_back(members[i] + steps[k]);
-                    more_columns.push_back(columns[i] * axes.size + label);
-                }
+                int64_t *to_members = more_members.data() + i * count, *to_columns = more_columns.data() + i * count;
+                const int64_t member = members[i], column = columns[i] * axes.size;
+                for (size_t k = 0; k < count; ++k) to_members[k] = member + steps[k];
+                for (size_t k = 0; k < count; ++k)
+                    to_columns[k] = column + (axes.labels != nullptr ? axes.labels[k] : static_cast<int64_t>(k));
             }
-            for (double s : scale) {
-                for (int64_t j = 0; j < axes.size; ++j) {
-                    more_scale.push_back(axes.scale != nullptr ? s * axes.scale[j] : s);
-                    scaled = scaled || more_scale.back() != 1.0;
-                }
+            for (size_t i = 0; i < scale.size(); ++i) {
+                for (size_t j = 0; j < size; ++j)
+                    more_scale[i * size + j] = axes.scale != nullptr ? scale[i] * axes.scale[j] : scale[i];
             }
             members.swap(more_members);
             columns.swap(more_columns);
             scale.swap(more_scale);
         }
+        bool scaled = false;
+        for (double s : scale) scaled |= s != 1.0;
         std::vector<int64_t> ptr(scale.size() + 1, 0);
         for (int64_t c : columns) ++ptr[static_cast<size_t>(c) + 1];
         bool single = true;

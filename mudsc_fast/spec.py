@@ -397,14 +397,14 @@ class PermutationSpec:
             result[space.name] = law.shuffle(space, block, generator)
         return result
 
-    def permute(self, state_dict: Mapping[str, Tensor], permutation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def permute(self, state_dict: Mapping[str, Tensor], perm: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same function in another unit order: a new dict of new tensors; spaces left out stay as they are.
 
-        permutation: {space: (width,) int64}, new unit i is old unit indices[i]. ValueError if it does not keep
+        perm: {space: (width,) int64}, new unit i is old unit indices[i]. ValueError if it does not keep
         blocks, fixed units or ties, or if a tensor is missing or does not fit.
         """
         self.check(state_dict)
-        labels = self._labels(permutation)
+        labels = self._labels(perm)
         result = {}
         for name in state_dict:
             tensor = state_dict[name].detach()
@@ -418,7 +418,7 @@ class PermutationSpec:
         labels = {}
         for name, indices in permutation.items():
             if name not in self:
-                raise ValueError(f"permutation: unknown space {name!r}; there are {', '.join(self._by_name)}")
+                raise ValueError(f"perm: unknown space {name!r}; there are {', '.join(self._by_name)}")
             space, indices = self[name], torch.as_tensor(indices).cpu()
             if indices.dtype.is_floating_point or not torch.equal(
                 indices.reshape(-1).sort().values, torch.arange(space.width)
@@ -434,7 +434,7 @@ class PermutationSpec:
             if len(moved) < len(names) and moved:
                 moved.append(torch.arange(self[names[0]].blocks))
             if any(not torch.equal(m, moved[0]) for m in moved):
-                raise ValueError(f"permutation: the tied spaces {', '.join(names)} ({tie}) move blocks differently")
+                raise ValueError(f"perm: the tied spaces {', '.join(names)} ({tie}) move blocks differently")
         return labels
 
     def verify_each(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,47 @@ def test_rebasin_errors(call: Any, said: str) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (torch.zeros(18), "expected each of 0..17 once"),
+        (torch.arange(18) + 0.5, "expected each of 0..17 once"),
+        (torch.arange(18) + 1, "expected each of 0..17 once"),
+        ([2, 1, 0], r"expected each of 0..17 once, got \[2, 1, 0\]"),
+        (torch.eye(18), r"got shape \(18, 18\)"),
+        (torch.full((18,), float("nan")), "expected each of 0..17 once"),
+    ],
+)
+def test_rebasin_refuses_what_is_no_permutation(wrong: Any, said: str) -> None:
+    """Twice the same unit left labels unwritten: an error about them at best, tensors of chance at worst."""
+    with pytest.raises(ValueError, match=r"perm\['P_0'\]: .*" + said):
+        rebasin.apply_permutation(PS, {"P_0": wrong, "P_1": torch.arange(26)}, params(0))
+
+
+def test_rebasin_names_what_is_wrong_and_takes_other_names() -> None:
+    a, b = params(0), params(1)
+    by_name = rebasin.weight_matching(ps=PS, fixed=a, to_permute=b, rng=0)
+    expected = rebasin.weight_matching(ps=PS, params_a=a, params_b=b, max_iter=np.int64(100), rng=0)
+    assert all(torch.equal(by_name[p], expected[p]) for p in expected)
+    assert list(inspect.signature(rebasin.weight_matching).parameters)[:5] == [
+        "ps", "params_a", "params_b", "max_iter", "init_perm",
+    ]  # fmt: skip
+    for call, said in (
+        (lambda: rebasin.weight_matching(PS, 3, b), "params_a: expected a mapping"),
+        (lambda: rebasin.weight_matching(3, PS, a, list(b)), "params_b: expected a mapping"),
+        (lambda: rebasin.weight_matching(ps=a, params_a=a, params_b=b), "ps: expected a PermutationSpec, got dict"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call()
+    with pytest.raises(ValueError, match="max_iter: expected a number"):
+        rebasin.weight_matching(PS, a, b, "many")
+    with pytest.raises(ValueError, match=r"params: res\.weight holds NaN"):
+        rebasin.weight_matching(PS, a, {**b, "res.weight": b["res.weight"] * float("nan")})
+    far = rebasin.permutation_spec_from_axes_to_perm({"bn.bias": (None, "P_0")})
+    with pytest.raises(ValueError, match=r"bn\.bias has no axis 1 for 'P_0'"):
+        rebasin.apply_permutation(far, {"P_0": torch.arange(18)}, {"bn.bias": torch.ones(18)})
+
+
 def test_rebasin_takes_jax_arrays() -> None:
     jax = pytest.importorskip("jax")
     a, b = ({k: jax.numpy.asarray(v.numpy()) for k, v in params(seed).items()} for seed in (0, 10))
@@ -287,6 +329,8 @@ def test_expert_permutations(gated: bool, dtype: torch.dtype) -> None:
         before = run(ups[e], downs[e], None if gates is None else gates[e])
         torch.testing.assert_close(run(moved[0][e], moved[1][e], moved[2][e] if gated else None), before)
     assert torch.equal(found[2], torch.arange(24))
+    again = experts.permute(found.float(), ups, downs, gates)
+    assert all(torch.equal(x, y) for x, y in zip(again, moved, strict=True))
 
 
 def test_expert_errors() -> None:
@@ -297,6 +341,13 @@ def test_expert_errors() -> None:
         (lambda: experts.permutations([ups[0], ups[1][:5]], downs[:2]), "ups: expected one shape"),
         (lambda: experts.permutations([], []), "ups: expected a floating matrix"),
         (lambda: experts.permute(torch.zeros(2, 6), ups, downs), "indices: expected shape"),
+        (
+            lambda: experts.permute(torch.zeros(3, 6).long(), ups, downs),
+            "indices: expected each of 0..5 once for expert 0",
+        ),
+        (lambda: experts.permute(torch.arange(6).repeat(3, 1) + 0.5, ups, downs), "each of 0..5 once"),
+        (lambda: experts.permutations([np.ones((6, 4))], [np.ones((4, 6))]), "ups: .* a tensor, got ndarray"),
+        (lambda: experts.permutations(ups.int(), downs), "ups: .* got torch.int32"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

@@ -68,6 +68,10 @@ def test_merge_pretrained_errors(folders: dict[str, Path], tmp_path: Path) -> No
         merge_pretrained([folders["base"], tmp_path / "llama"], progress=False)
     with pytest.raises(ValueError, match="is no folder"):
         merge_pretrained([folders["base"], "/no/such/folder"])
+    with pytest.raises(ValueError, match="is no folder"):
+        merge_pretrained([folders["base"], "./no/such/folder"])
+    with pytest.raises(TypeError, match="expected a list of two or more, got 'base'"):
+        merge_pretrained("base")
     with pytest.raises(TypeError, match="got int"):
         merge_pretrained([folders["base"], 3])
     with pytest.raises(ValueError, match="two or more, got 1"):

@@ -231,6 +231,18 @@ def test_bad_arguments() -> None:
         with pytest.raises(ValueError, match=said):
             weight_fusion.WeightFusion(**options)
     nets: list[nn.Module] = recorded_networks()
+    for call, said in (
+        (
+            lambda: fusion.transform([net.state_dict() for net in nets], MLP_PERM),
+            "nets: expected modules, got OrderedDict",
+        ),
+        (lambda: fusion.transform(nets, None), "perm: expected .*, got NoneType"),
+        (lambda: fusion.transform(nets, MLP_PERM, [{"x": torch.ones(8, 64)}]), "act_loader: .*, got dict"),
+        (lambda: fusion.transform(nets, MLP_PERM, [("x", None)]), "act_loader: .*, got tuple of str"),
+        (lambda: weight_fusion.WeightFusion(a="0.5"), "a: expected a number, got '0.5'"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call()
     nets[1].train()
     hooks = [len(m._forward_pre_hooks) for m in nets[1].modules()]
     fusion.transform(nets, MLP_PERM, act_loader=[(x, None) for x in mlp_batches()])

@@ -331,7 +331,7 @@ def test_permute_leaves_its_input_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "permutation", "message"),
     [
-        ("mlp", {"nothing": torch.arange(6)}, "permutation: unknown space 'nothing'; there are fc1, fc2"),
+        ("mlp", {"nothing": torch.arange(6)}, "perm: unknown space 'nothing'; there are fc1, fc2"),
         ("mlp", {"fc1": torch.arange(5)}, "permutation of space 'fc1': expected each of 0..5 once"),
         ("mlp", {"fc1": torch.tensor([0, 1, 2, 3, 4, 4])}, "permutation of space 'fc1': expected each of 0..5 once"),
         ("mlp", {"fc1": torch.arange(6.0)}, "permutation of space 'fc1': expected each of 0..5 once"),

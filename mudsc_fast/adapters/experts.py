@@ -48,11 +48,20 @@ def permute(
     downs: Sequence[Tensor] | Tensor,
     gates: Sequence[Tensor] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """(ups, downs) or (ups, downs, gates), stacked, with every expert in the reference's unit order; same functions."""
+    """(ups, downs) or (ups, downs, gates), stacked, with every expert in the reference's unit order; same functions.
+
+    indices: (experts, hidden), as ``permutations`` gives them; floats are accepted. Raises ValueError for an expert
+    whose indices are no permutation, and for shapes that do not fit.
+    """
+    hidden = _units(ups, downs, gates).shape[1]
     up, down = _stacked("ups", ups), _stacked("downs", downs)
+    indices = torch.as_tensor(indices)
     if indices.shape != up.shape[:2]:
         raise ValueError(f"indices: expected shape {tuple(up.shape[:2])}, got {tuple(indices.shape)}")
-    indices = indices.to(up.device)
+    wrong = (indices.double().cpu().sort(1).values != torch.arange(hidden)).any(1)
+    if wrong.any():
+        raise ValueError(f"indices: expected each of 0..{hidden - 1} once for expert {int(wrong.int().argmax())}")
+    indices = indices.to(up.device, torch.int64)
     moved = up.gather(1, indices[:, :, None].expand_as(up)), down.gather(2, indices[:, None, :].expand_as(down))
     if gates is None:
         return moved
@@ -77,7 +86,11 @@ def _units(
 def _stacked(name: str, given: Sequence[Tensor] | Tensor) -> Tensor:
     tensors = list(given)
     if not tensors or any(not isinstance(t, Tensor) or t.dim() != 2 or not t.is_floating_point() for t in tensors):
-        raise ValueError(f"{name}: expected a floating matrix for each expert")
+        odd = next((t for t in tensors if not isinstance(t, Tensor)), tensors[0] if tensors else None)
+        got = f"{odd.dtype} {tuple(odd.shape)}" if isinstance(odd, Tensor) else type(odd).__name__
+        raise ValueError(
+            f"{name}: expected a floating matrix for each expert, a tensor, got {got if tensors else 'none'}"
+        )
     if any(t.shape != tensors[0].shape for t in tensors):
         raise ValueError(f"{name}: expected one shape, got {sorted({tuple(t.shape) for t in tensors})}")
     return given.detach() if isinstance(given, Tensor) else torch.stack([t.detach() for t in tensors])

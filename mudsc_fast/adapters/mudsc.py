@@ -130,6 +130,9 @@ class WeightFusion:
             raise ValueError(f"reduce: expected a share in 0..1, got {reduce!r}")
         if not 0 <= fix_rate <= 1:
             raise ValueError(f"fix_rate: expected a share in 0..1, got {fix_rate!r}")
+        for name, value in (("a", a), ("b", b)):
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         self.reduce, self.a, self.b, self.iter = reduce, a, b, iter
         self.use_cos, self.no_fusion, self.use_permute = use_cos, no_fusion, use_permute
         self.fix_sims, self.fix_rate = fix_sims, fix_rate
@@ -160,6 +163,9 @@ class WeightFusion:
         nets = list(nets)
         if len(nets) < 2:
             raise ValueError(f"nets: expected two or more, got {len(nets)}")
+        odd = [type(net).__name__ for net in nets if not isinstance(net, nn.Module)]
+        if odd:
+            raise TypeError(f"nets: expected modules, got {odd[0]}")
         states = [net.state_dict() for net in nets]
         translated = translate(perm, states[0], self.tie_heads)
         translated.spec.check(states[0])
@@ -239,6 +245,8 @@ class WeightFusion:
         ):
             for batch in loader:
                 inputs = batch[0] if isinstance(batch, tuple | list) else batch
+                if not isinstance(inputs, Tensor):
+                    raise TypeError(f"act_loader: expected batches whose first item is a tensor, got {_kind(batch)}")
                 for net in nets:
                     net(inputs.to(home))
                 for name, covariance in covariances.items():
@@ -251,6 +259,10 @@ class WeightFusion:
         if any(covariance.count == 0 for covariance in covariances.values()):
             raise ValueError("act_loader: expected at least one batch")
         return ActivationStats(covariances)
+
+
+def _kind(batch: Any) -> str:
+    return f"{type(batch).__name__} of {type(batch[0]).__name__}" if isinstance(batch, tuple) else type(batch).__name__
 
 
 @contextmanager

@@ -234,6 +234,8 @@ def translate(perms: Mapping[Any, Any], shapes: Mapping[str, Any], tie: bool = T
     apart, as in the published code; the merged attention then mixes heads.
     Raises ValueError, naming the permutation and the tensor, for entries that are none.
     """
+    if not isinstance(perms, Mapping):
+        raise TypeError(f"perm: expected {{id: [[axis, tensor, cfg]]}}, got {type(perms).__name__}")
     entries = {key: [_entry(key, given) for given in _weights(key, value)] for key, value in perms.items()}
     parts = dict(_parts(entries))
     names = {key: str(key) for key in entries}

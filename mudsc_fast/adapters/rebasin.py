@@ -7,9 +7,11 @@ as the forks give them; results are int64.
 from __future__ import annotations
 
 import importlib
+import inspect
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ Axes = tuple[str | None, ...]
 
 # The forks stop when no assignment gains more than this.
 _PROGRESS = 1e-12
+_OTHER_NAMES = {"fixed": "params_a", "to_permute": "params_b"}
 
 
 class PermutationSpec(NamedTuple):
@@ -57,9 +60,18 @@ def mlp_permutation_spec(num_hidden_layers: int) -> PermutationSpec:
 def get_permuted_param(
     ps: PermutationSpec, perm: Mapping[str, Any], k: str, params: Mapping[str, Any], except_axis: int | None = None
 ) -> Any:
-    """Tensor k of params with all its axes but except_axis permuted."""
+    """Tensor k of params with all its axes but except_axis permuted.
+
+    Raises ValueError, naming the permutation, for one that does not have each unit of the axis once.
+    """
     back, w = _taken(params[k])
-    return back(_permuted(ps, {p: _indices(p, perm) for p in _permutations(ps, k)}, k, w, except_axis))
+    found = {}
+    for axis, p in enumerate(_axes(ps, k)):
+        if p is not None and axis != except_axis:
+            if axis >= w.dim():
+                raise ValueError(f"ps: {k} has no axis {axis} for {p!r}, its shape is {tuple(w.shape)}")
+            found[p] = _indices(p, perm, w.shape[axis])
+    return back(_permuted(ps, found, k, w, except_axis))
 
 
 def apply_permutation(ps: PermutationSpec, perm: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +87,7 @@ def weight_matching(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
     Coordinate descent on the inner products of weights (git-re-basin section 3.2), in the order of the global random
     generator as in the forks. A random key or ``torch.Generator`` in front of ps, or ``rng=``, gives an order of its
-    own, as in the JAX code. ``silent`` is accepted; nothing is printed.
+    own, as in the JAX code. ``silent`` is accepted, and so are ccmm's ``fixed`` and ``to_permute``; nothing is printed.
 
     params: mappings of tensors or JAX arrays, on one device. init_perm is not changed. int64 comes back (JAX arrays for
     JAX arrays). Raises ValueError, naming the tensor, for missing tensors and sizes that disagree.
@@ -83,6 +95,9 @@ def weight_matching(*args: Any, **kwargs: Any) -> dict[str, Any]:
     if args and not hasattr(args[0], "perm_to_axes"):
         kwargs["rng"], *rest = args
         args = tuple(rest)
+    for theirs, ours in _OTHER_NAMES.items():
+        if theirs in kwargs:
+            kwargs[ours] = kwargs.pop(theirs)
     return _weight_matching(*args, **kwargs)
 
 
@@ -95,6 +110,13 @@ def _weight_matching(
     rng: Any = None,
     silent: bool = True,
 ) -> dict[str, Any]:
+    if not hasattr(ps, "perm_to_axes") or not hasattr(ps, "axes_to_perm"):
+        raise TypeError(f"ps: expected a PermutationSpec, got {type(ps).__name__}")
+    for argument, params in (("params_a", params_a), ("params_b", params_b)):
+        if not isinstance(params, Mapping):
+            raise TypeError(f"{argument}: expected a mapping of tensors or arrays, got {type(params).__name__}")
+    if not isinstance(max_iter, SupportsIndex) or operator.index(max_iter) < 0:
+        raise ValueError(f"max_iter: expected a number of iterations, got {max_iter!r}")
     search = _Search(ps, params_a, params_b, init_perm)
     generator = _generator(rng)
     names = list(search.perm)
@@ -105,6 +127,10 @@ def _weight_matching(
         if not progress:
             break
     return {name: search.back(indices) for name, indices in search.perm.items()}
+
+
+# What help() and editors show: the arguments by their names.
+weight_matching.__signature__ = inspect.signature(_weight_matching)  # type: ignore[attr-defined]
 
 
 class _Search:
@@ -131,10 +157,7 @@ class _Search:
         if init_perm is None:
             self.perm = {p: torch.arange(n) for p, n in sizes.items()}
         else:
-            self.perm = {p: _indices(p, init_perm) for p in sizes}
-        for p, indices in self.perm.items():
-            if not torch.equal(indices.sort().values, torch.arange(sizes[p])):
-                raise ValueError(f"init_perm[{p!r}]: expected each of 0..{sizes[p] - 1} once")
+            self.perm = {p: _indices(p, init_perm, n, "init_perm") for p, n in sizes.items()}
         self._near = {p: self._neighbours(p) for p in sizes}
         self._seen: dict[str, list[Tensor]] = {}
 
@@ -150,6 +173,8 @@ class _Search:
             return False
         self._seen[p] = near
         products = self._products(p)
+        if not bool(products.isfinite().all()):
+            raise ValueError(f"params: {self._not_finite(p)} holds NaN or infinity, or values whose products overflow")
         found = assign(products).indices.cpu()
         rows = torch.arange(len(found))
         products = products.to("cpu", torch.float64)
@@ -157,6 +182,10 @@ class _Search:
         if not torch.equal(found, self.perm[p]):
             self.perm[p] = found
         return bool(new > old + _PROGRESS)
+
+    def _not_finite(self, p: str) -> str:
+        names = [name for name, _ in self.ps.perm_to_axes[p]]
+        return next((n for n in names for params in (self.a, self.b) if not params[n].isfinite().all()), names[0])
 
     def _products(self, p: str) -> Tensor:
         total: Tensor | None = None
@@ -202,10 +231,14 @@ def _batches(given: Any) -> Sequence[Any]:
     return given if isinstance(given, list | tuple) else [given]
 
 
-def _permutations(ps: PermutationSpec, name: str) -> Iterable[str]:
+def _axes(ps: PermutationSpec, name: str) -> Axes:
     if name not in ps.axes_to_perm:
         raise ValueError(f"ps: axes_to_perm has no tensor {name!r}; name it with None for axes that stay")
-    return [p for p in ps.axes_to_perm[name] if p is not None]
+    return ps.axes_to_perm[name]
+
+
+def _permutations(ps: PermutationSpec, name: str) -> Iterable[str]:
+    return [p for p in _axes(ps, name) if p is not None]
 
 
 def _permuted(ps: PermutationSpec, perm: Mapping[str, Tensor], name: str, w: Tensor, except_axis: int | None) -> Tensor:
@@ -220,11 +253,18 @@ def _permuted(ps: PermutationSpec, perm: Mapping[str, Tensor], name: str, w: Ten
     return w
 
 
-def _indices(p: str, perm: Mapping[str, Any]) -> Tensor:
+def _indices(p: str, perm: Mapping[str, Any], size: int, argument: str = "perm") -> Tensor:
     """A permutation as int64 on the CPU, from floats, ints or an array of another kind."""
     if p not in perm:
-        raise ValueError(f"perm: no permutation {p!r}; there are {', '.join(map(str, perm))}")
-    return _taken(torch.as_tensor(perm[p]) if isinstance(perm[p], list) else perm[p])[1].to("cpu", torch.int64)
+        raise ValueError(f"{argument}: no permutation {p!r}; there are {', '.join(map(str, perm))}")
+    given = _taken(torch.as_tensor(perm[p]) if isinstance(perm[p], list | tuple) else perm[p])[1].cpu()
+    if given.dim() != 1 or not torch.equal(given.to(torch.float64).sort().values, torch.arange(size).double()):
+        raise ValueError(f"{argument}[{p!r}]: expected each of 0..{size - 1} once, got {_shown(given)}")
+    return given.to(torch.int64)
+
+
+def _shown(given: Tensor) -> str:
+    return f"shape {tuple(given.shape)}" if given.dim() != 1 or len(given) > 8 else str(given.tolist())
 
 
 def _given(params: Mapping[str, Any], name: str) -> Tensor:

@@ -40,6 +40,8 @@ def merge_pretrained(
     Raises ValueError, naming the model, if one has another architecture or width, or cannot be loaded; TypeError for
     what is no model.
     """
+    if isinstance(models, str | os.PathLike):
+        raise TypeError(f"models: expected a list of two or more, got {os.fspath(models)!r}")
     given = list(models)
     if len(given) < 2:
         raise ValueError(f"models: expected two or more, got {len(given)}")
@@ -64,7 +66,7 @@ def _loaded(model: Any, model_class: Any, load: dict[str, Any]) -> nn.Module:
     import transformers
 
     name = os.fspath(model)
-    if Path(name).is_absolute() and not Path(name).is_dir():
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
         raise ValueError(f"models: {name} is no folder")
     try:
         if model_class is None:

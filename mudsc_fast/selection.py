@@ -37,7 +37,7 @@ def select_units(
         covariance: (models * d, models * d), symmetric, floating; row m * d + i is unit i of model m.
         models: number of models. width: units to keep; None keeps d.
         reads: (models * d,), how strongly each unit is read, the norm of the weights that consume it; None: all alike.
-        blocks, block_indices: as for `zip_units`: the units of one union of blocks are chosen among themselves.
+        blocks: as for `zip_units`, with block_indices: the units of one union of blocks are chosen among themselves.
 
     Returns:
         A Selection. Merged units are numbered by their leader, with blocks in the order of model 0's blocks.

@@ -217,6 +217,13 @@ def test_bad_files(text: str, said: str, folder: Path, capsys: pytest.CaptureFix
     assert not Path("x.safetensors").exists()
 
 
+def test_mistakes_are_told_in_the_order_of_their_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, START + "metod: zip\nseed: many\nwieghts: [1]\n")
+    assert main(["merge", "--config", "run.yml"]) == 2
+    said = capsys.readouterr().err
+    assert said.index("run.yml:3: metod") < said.index("run.yml:4: seed") < said.index("run.yml:5: wieghts")
+
+
 def test_files_that_are_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run.yml").write_bytes(b"\xff\xfe\x00a")
     for words, said in (

@@ -55,11 +55,13 @@ class Document:
 
     def where(self, path: Sequence[str | int]) -> str:
         """``file:line`` of the deepest part of the path that is in the document."""
-        for length in range(len(path), -1, -1):
-            line = self._lines.get(tuple(path[:length]))
-            if line is not None:
-                return f"{self.name}:{line}"
-        return self.name
+        line = self._line(path)
+        return f"{self.name}:{line}" if line else self.name
+
+    def _line(self, path: Sequence[str | int]) -> int:
+        """The line of the deepest part of the path that is in the document; 0 if none is."""
+        known = (self._lines.get(tuple(path[:length])) for length in range(len(path), -1, -1))
+        return next((line for line in known if line is not None), 0)
 
     def validate(self, schema: type[Model], data: Any, at: Path = ()) -> Model:
         """`data`, which stands at the path `at`, as the schema's model; ValueError with one line a mistake."""
@@ -68,8 +70,8 @@ class Document:
         try:
             return schema.model_validate(data)
         except ValidationError as error:
-            lines = [self._explain(problem, schema, at) for problem in error.errors()]
-            raise ValueError("\n".join(lines)) from error
+            problems = sorted(error.errors(), key=lambda problem: self._line((*at, *problem["loc"])))
+            raise ValueError("\n".join(self._explain(problem, schema, at) for problem in problems)) from error
 
     def strangers(self, schema: type[BaseModel], data: Any, at: Path = ()) -> Iterator[tuple[str, bool]]:
         """(what to say, whether a valid key is close) of every key that the schema, which may ignore it, lacks."""

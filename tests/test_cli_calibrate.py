@@ -121,6 +121,15 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(("flag", "kind"), [("--inputs", "file"), ("--text", "file"), ("--images", "folder")])
+def test_what_is_missing_is_told_before_models_are_made(
+    flag: str, kind: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mudsc_fast.cli.models.build_model", lambda *_: pytest.fail("a model was made"))
+    assert main([*CALL, flag, "nowhere.npy"]) == 2
+    assert f"{flag}: no such {kind}: nowhere.npy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input_is_exit_2(here: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     Path("cut.npy").write_bytes(Path("x.npy").read_bytes()[:40])

@@ -111,7 +111,8 @@ def test_the_site_names_what_exists() -> None:
         return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
 
     there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert set(pages(site["nav"])) <= there
+    assert set(pages(site["nav"])) == there
+    assert "pymdownx.highlight" in site["markdown_extensions"], "code has no colours without it"
     for document in DOCUMENTS:
         for name in re.findall(r"^::: (\S+)$", document.read_text(encoding="utf-8"), re.MULTILINE):
             found = pkgutil.resolve_name(name)

@@ -97,6 +97,10 @@ def calibrate(
     source = inputs or text or images
     if source is None or len([x for x in (inputs, text, images) if x is not None]) > 1:
         raise click.UsageError("give one of --inputs FILE, --text FILE and --images DIR")
+    # Before models are loaded, which may take minutes.
+    if not source.exists():
+        flag, kind = ("--images", "folder") if images else ("--text" if text else "--inputs", "file")
+        raise FileNotFoundError(f"{flag}: no such {kind}: {source}")
     import torch
 
     from mudsc_fast import calibration

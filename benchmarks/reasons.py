@@ -42,8 +42,8 @@ _REASONS = (
     (
         "covariance",
         "float32 rows",
-        "torch itself runs at 85 % of the ceiling, so a triangle at all of it would reach 2.35x; packing and the tiles "
-        "that the diagonal cuts take the rest",
+        "torch itself runs at 85 % of the ceiling (its share stands in the row), so a triangle at all of it would "
+        "reach 2.35x; what grows with the width alone, packing and cut tiles, has a row of its own",
     ),
     (
         "pipeline",

@@ -183,6 +183,11 @@ class MergePlan:
             raise ValueError(f"{path}: damaged plan: {error}") from error
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it: in a file entries may begin at any byte, which compiled code must not be given."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
 def _blocks(labels: Tensor, blocks: int) -> Tensor:
     """(models, blocks, units a block): the merged block of every unit."""
     size = (int(labels.max()) + 1) // blocks
@@ -194,7 +199,7 @@ def _checked_leaders(space: Space, labels: Tensor, leaders: Tensor) -> Tensor:
     width = int(labels.max()) + 1
     if not isinstance(leaders, Tensor) or leaders.dtype != torch.int64 or leaders.shape != (width,):
         raise ValueError(f"{what}: expected int64 of shape ({width},), one a merged unit")
-    leaders = leaders.detach().cpu().contiguous()
+    leaders = _aligned(leaders.detach().cpu().contiguous())
     if int(leaders.min()) < 0 or int(leaders.max()) >= labels.numel():
         raise ValueError(f"{what}: expected units 0..{labels.numel() - 1}")
     if not torch.equal(labels.reshape(-1)[leaders], torch.arange(width)):
@@ -213,7 +218,7 @@ def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:
         raise ValueError(
             f"{what}: expected int64 of shape (models >= 2, {space.width}), got {rows.dtype} {tuple(rows.shape)}"
         )
-    rows = rows.detach().cpu().contiguous()
+    rows = _aligned(rows.detach().cpu().contiguous())
     if _core.sound_labels(rows, space.blocks, method == "align"):
         return rows
     if rows.numel() == 0 or int(rows.min()) < 0:

@@ -153,16 +153,23 @@ def test_rows_of_refusal_check_that_what_is_not_finite_is_refused(op: str, monke
         run_row(made, {}, budget=0.05)
 
 
-def test_covariance_rows_tell_shares_of_the_ceiling_and_of_packing() -> None:
+def test_covariance_rows_tell_shares_of_the_ceiling() -> None:
     made = bench_covariance._row(64, 128, torch.float32, bench_covariance.ADDMM)
     result = run_row(made, {"flop": 1e11}, budget=0.05)
     full = 2 * 64 * 64 * 128
     assert result.shares[bench_covariance.ADDMM] == pytest.approx(full / result.seconds["torch addmm"] / 1e11)
     assert "% of ceiling)  OpenBLAS ssyrk" in suite.line(result)
     assert [r.case for r in further(made, result)] == ["float32 rows, against OpenBLAS ssyrk"]
-    packing = run_row(bench_covariance._packing(64), {}, budget=0.05)
-    assert set(packing.ratios) == {bench_covariance.WHOLE}
-    assert packing.errors[OURS] < 2e-5
+
+
+def test_covariance_summary_is_the_part_that_grows_with_the_width() -> None:
+    seconds = {1024: 0.003 + 0.04, 2048: 2 * 0.003 + 4 * 0.04}
+    results = [Result("covariance", "float32 rows", n, 1, seconds={OURS: t}) for n, t in seconds.items()]
+    (found,) = bench_covariance.summaries(results)
+    assert found.seconds[OURS] == pytest.approx(0.003)
+    assert found.measured == pytest.approx(0.043 / 0.003)
+    assert "14.33x" in suite.line(found)
+    assert not list(bench_covariance.summaries(results[:1]))
 
 
 def test_whole_suite_is_planned_within_twenty_minutes() -> None:

@@ -304,6 +304,18 @@ CHANGES: dict[str, Any] = {
 }
 
 
+def test_labels_that_begin_at_any_byte_are_copied() -> None:
+    spec = mf.spec_for(MLP(5, (4,), 3))
+    raw = bytearray(3 + 8 * 8)
+    labels = torch.frombuffer(raw, dtype=torch.int64, offset=3, count=8).view(2, 4)
+    labels.copy_(torch.arange(4).expand(2, 4))
+    assert labels.data_ptr() % 8
+    plan = mf.MergePlan(spec, {spec.spaces[0].name: labels}, "zip", {}, [])
+    kept = plan.labels[spec.spaces[0].name]
+    assert kept.data_ptr() % 8 == 0
+    assert torch.equal(kept, labels)
+
+
 @pytest.mark.parametrize("name", [*DAMAGE, *CHANGES])
 def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.safetensors"

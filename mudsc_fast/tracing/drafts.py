@@ -153,9 +153,10 @@ class Builder:
             whole = Line(None, halves[0].factors + halves[1].factors, pick)
             covered.add((other, parent))
             for key in keys:
-                for less, at in find(key, whole):
-                    if less.part is not None:
-                        return False
+                places = find(key, whole)
+                if not places or any(less.part is not None for less, _ in places):
+                    return False
+                for less, at in places:
                     # Each dim keeps factors of its own: the view has to respect the dims.
                     sizes = tuple(size for size, _ in less.factors)
                     where = at[0] if len(at) == 1 else at

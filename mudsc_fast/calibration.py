@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,21 @@ from mudsc_fast.progress import Progress, bar
 from mudsc_fast.records import PathLike, read_record, write_record
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Tap
+    from mudsc_fast.spec import PermutationSpec, Space, Tap
 
 KIND = "activation statistics"
+
+
+class Gathering(Protocol):
+    """What takes the activations of a space: a `Covariance`, or some rows of one."""
+
+    width: int
+
+    def update(self, features: Sequence[Tensor], dim: int) -> None: ...
+    def all_reduce(self, group: Any = None) -> None: ...
+
+
+Recorded = TypeVar("Recorded", bound=Gathering)
 
 
 class ActivationStats(Mapping[str, Covariance]):
@@ -98,7 +110,24 @@ def calibrate(
     Only the activations of the current batch are held. Raises ValueError for fewer than two models, no or empty
     batches, a tap whose module does not exist or is never called, and activations whose width is not the space's.
     """
+
+    def make(space: Space, home: torch.device) -> Covariance:
+        return Covariance(space.width, models=len(models), scope=scope, device=home, backend=backend)
+
     models = list(models)
+    return ActivationStats(record(models, batches, spec, make, device, progress, group))
+
+
+def record(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    spec: PermutationSpec,
+    make: Callable[[Space, torch.device], Recorded],
+    device: torch.device | str | None,
+    progress: Progress,
+    group: Any,
+) -> dict[str, Recorded]:
+    """What `calibrate` does, into sums of any kind. make: those of a space, on a device."""
     if len(models) < 2:
         raise ValueError(f"models: expected two or more, got {len(models)}")
     for m, model in enumerate(models):
@@ -114,11 +143,7 @@ def calibrate(
 
     where = None if device is None else torch.device(device)
     with placed(models, where) as homes, evaluation(models):
-        covariances = {
-            space.name: Covariance(space.width, models=len(models), scope=scope, device=homes[0], backend=backend)
-            for space in spec.spaces
-            if space.taps
-        }
+        covariances = {space.name: make(space, homes[0]) for space in spec.spaces if space.taps}
         reached: set[Port] = set()
 
         def add(port: Port, activations: list[Tensor]) -> None:
@@ -155,7 +180,7 @@ def calibrate(
     for port in ports:
         if port not in reached:
             raise ValueError(f"tap {port[0]!r} ({port[1]}): the module was never called in {count} batches")
-    return ActivationStats(covariances)
+    return covariances
 
 
 def _units(x: Tensor, tap: Tap) -> tuple[Tensor, int]:

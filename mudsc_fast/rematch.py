@@ -21,8 +21,9 @@ from mudsc_fast.similarity import Term, dual_similarity
 from mudsc_fast.streaming import UnitTiles, streamed_similarity
 from mudsc_fast.tiled_assignment import UNPROVEN, assign_tiled
 from mudsc_fast.tiled_zip import PAIR_BYTES, zip_tiled
-from mudsc_fast.tiles import SimilarityTiles
+from mudsc_fast.tiles import SimilarityTiles, Tiles
 from mudsc_fast.weights import Weights
+from mudsc_fast.wide_statistics import BlendedTiles, StatisticsTiles, sums_of
 from mudsc_fast.workplan import WorkPlan
 from mudsc_fast.zipping import zip_units
 
@@ -80,11 +81,11 @@ class Matcher:
             made = self.network.visit([space.name for space in tie], current, balance)
             if made is not None:
                 return [Match(labels, value) for labels, value in made]
-        step = None if self.work is None or self.weights is None else self.work.step_of(tie[0].name)
+        step = None if self.work is None else self.work.step_of(tie[0].name)
         if step is not None and step.way == "tiled" and self.weights is not None:
             return [self._zipped_on_lists(tie[0], current, self.weights, step.piece)]
         if step is not None and step.way == "rows":
-            return [self._assigned_by_rows(tie[0], current, step.piece)]
+            return [self._assigned_by_rows(tie[0], current, balance, step.piece)]
         similarities = [self.similarity(space, current, balance) for space in tie]
         if len(tie) > 1 or tie[0].blocks > 1 or tie[0].within == "fixed":
             return self._in_blocks(tie, similarities)
@@ -168,12 +169,21 @@ class Matcher:
         self.duals[space.name] = found.duals
         return Match(_labels_of(found.indices), float(found.value.mean()))
 
-    def _assigned_by_rows(self, space: Space, current: Mapping[str, Match], tile_bytes: int) -> Match:
+    def _assigned_by_rows(self, space: Space, current: Mapping[str, Match], balance: float, tile_bytes: int) -> Match:
         """The same match where the similarity is too large to be held: some of its rows at a time."""
-        terms = self._terms(space, current)
+        terms = self._terms(space, current) if balance > 0 else []
+        sums = None
+        if space.name in self.activations and (balance < 1 or not terms):
+            sums = sums_of(self.activations, space.name)
         indices, value = [], 0.0
         for m in range(1, self.models):
-            found = assign_tiled(SimilarityTiles([[row[0], row[m]] for row in terms]), tile_bytes=tile_bytes)
+            sources: list[Tiles] = []
+            if terms:
+                sources.append(SimilarityTiles([[row[0], row[m]] for row in terms]))
+            if sums is not None:
+                sources.append(StatisticsTiles(sums, m))
+            source = sources[0] if len(sources) == 1 else BlendedTiles(sources[0], sources[1], balance)
+            found = assign_tiled(source, tile_bytes=tile_bytes)
             indices.append(found.indices)
             value += float(found.value) / (self.models - 1)
             left = float(found.gap) / space.width

@@ -16,17 +16,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from mudsc_fast.calibration import KIND, calibrate
+from mudsc_fast.calibration import KIND, calibrate, record
 from mudsc_fast.checkpoints import CheckpointWriter, TensorInfo
 from mudsc_fast.checkpoints.reading import SafetensorsFile
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import World, world_of
 from mudsc_fast.progress import Progress
 from mudsc_fast.records import KEY, PathLike
+from mudsc_fast.wide_statistics import Band, Sums, bands
 from mudsc_fast.workplan import MARGIN, accumulator_bytes, in_words, resident_bytes
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec
+    from mudsc_fast.spec import PermutationSpec, Space
+
+# Units side by side in a covariance's accumulators (kGramPanel), and samples of a unit that wait there (kGramDepth).
+_PANEL, _DEPTH = 48, 512
+# Statistics are copied in pieces of about as many bytes.
+_SLAB = 1 << 26
 
 
 class StatsInfo(NamedTuple):
@@ -78,6 +84,23 @@ class StatsFile(Mapping[str, Covariance]):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.path}: damaged statistics of space {name!r}: {error!r}") from error
 
+    def sums(self, name: str) -> Sums:
+        """A space's statistics without their products, which are read when they are asked for, some rows at a time."""
+        plain, stored = self._plain[name], self.tensors(name)
+        try:
+            numbers = {key: int(plain[key]) for key in ("width", "models", "block", "count")}
+            vectors = self._file.get_tensor(stored["vectors"])
+            gram = stored["gram"]
+            return Sums(
+                **numbers,
+                cross=bool(plain["cross"]),
+                wide=bool(plain["wide"]),
+                vectors=vectors,
+                read=lambda start, stop: self._file.get_rows(gram, slice(start, stop)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: damaged statistics of space {name!r}: {error!r}") from error
+
     def __contains__(self, name: object) -> bool:
         return name in self._plain
 
@@ -102,30 +125,102 @@ def calibrate_to_file(
     """Record the statistics that ``calibrate`` gives straight into a file, within `max_memory` bytes.
 
     Spaces whose statistics do not fit together beside the models are recorded in groups, one pass over the batches
-    each; `batches` is read once a group. Other arguments as in ``calibrate``; of several processes the one with the
-    least memory left says which spaces go together, each pass is shared among them, and the first one writes.
+    each; of a space whose own statistics do not fit, scope "cross" records as many rows in a pass as fit. `batches` is
+    read once a pass. Other arguments as in ``calibrate``; of several processes the one with the least memory left says
+    what goes together, each pass is shared among them, and the first one writes.
 
-    Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if one space does not fit.
+    Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if that does not fit.
     """
+    models = list(models)
     world = world_of(group)
     room = max_memory - resident_bytes() - MARGIN
     if world is not None:
         room = min(world.exchange(lambda: room))
     groups = groups_of(spec, len(models), scope, room)
-    target = Path(path)
+    target, passes = Path(path), 0
     with ExitStack() as stack:
         first, parts = world is None or world.rank == 0, []
         folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) if first else None
         place = Path(stack.enter_context(folder)) if folder is not None else Path()
         for k, spaces in enumerate(groups):
             parts.append(place / f"{k}.safetensors")
-            stats = calibrate(
-                models, batches, only_taps_of(spec, spaces), scope, device, progress=progress, group=world
-            )
+            heard = only_taps_of(spec, spaces)
+            height = rows_that_fit(spec[spaces[0]].width, len(models), scope, room)
+            if height < spec[spaces[0]].width:
+                passes += _in_bands(models, batches, heard, spec[spaces[0]], height, parts[-1], device, progress, world)
+                continue
+            stats = calibrate(models, batches, heard, scope, device, progress=progress, group=world)
+            passes += 1
             _by_first(world, partial(stats.save, parts[-1]))
             del stats
         _by_first(world, partial(join_stats, parts, target, [space.name for space in spec.spaces]))
-    return sum(map(len, groups)), len(groups)
+    return sum(map(len, groups)), passes
+
+
+def _in_bands(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    heard: PermutationSpec,
+    space: Space,
+    height: int,
+    path: Path,
+    device: torch.device | str | None,
+    progress: Progress,
+    world: World | None,
+) -> int:
+    """Record one space's "cross" statistics into a file, `height` rows in each pass; the number of passes."""
+    width, others = space.width, len(models) - 1
+    layout = {
+        "0.gram": TensorInfo((width, others * width), torch.float64),
+        "0.vectors": TensorInfo((4, len(models) * width), torch.float64),
+    }
+    plan = bands(width, height)
+    vectors = torch.zeros(0)
+    with ExitStack() as stack:
+        writer: CheckpointWriter | None = None
+        for k, (first, skip) in enumerate(plan):
+
+            def make(space: Space, home: torch.device, first: int = first) -> Band:
+                return Band(width, len(models), first, height, home)
+
+            band = record(models, batches, heard, make, device, progress, world)[space.name]
+            if k == 0:
+                vectors = band.vectors()
+            else:
+                # Other passes may put their shifts elsewhere by rounding; the products have to be about the same ones.
+                band.rebase(vectors)
+                vectors[:, 0, first : first + height] = band.vectors()[:, 0, first : first + height]
+            if world is not None and world.rank:
+                continue
+            if writer is None:
+                header = {"kind": KIND, "version": 1, "spaces": [{"name": space.name, "plain": band.plain}]}
+                writer = stack.enter_context(CheckpointWriter(path, layout, metadata={KEY: json.dumps(header)}))
+            for start, rows in band.rows(skip):
+                writer.write_rows("0.gram", start, rows)
+        if writer is not None:
+            writer.write("0.vectors", vectors.reshape(4, -1))
+    return len(plan)
+
+
+def rows_that_fit(width: int, models: int, scope: str, room: int) -> int:
+    """How many rows of a space's statistics a pass can record in `room` bytes; `width`: all of them.
+
+    As few passes as can be, of as many rows each. 0 if there is no way: less room than a few rows need, or scope
+    "full", of which a zip needs the whole at once.
+    """
+    if accumulator_bytes(width, models, scope == "full") <= room:
+        return width
+    if scope == "full":
+        return 0
+    # Rows of model 0, with the samples that wait to be multiplied, of all models; a slab of the file beside them.
+    waiting, slab = 4 * _DEPTH * models * (width + _PANEL), 4 * 8 * _PANEL * models * (width + _PANEL)
+    height = (room - waiting - slab) // (8 * (models - 1) * (width + _PANEL))
+    while height > 0:
+        pieces = (models - 1) * -(-width // height)
+        if accumulator_bytes(height, 1 + pieces, False) + waiting + slab <= room:
+            return -(-width // -(-width // height))
+        height -= _PANEL
+    return 0
 
 
 def _by_first(world: World | None, work: Callable[[], None]) -> None:
@@ -154,14 +249,19 @@ def join_stats(parts: Sequence[PathLike], path: PathLike, order: Sequence[str]) 
     header = {KEY: json.dumps({"kind": KIND, "version": 1, "spaces": spaces})}
     with CheckpointWriter(made, layout, metadata=header) as writer:
         for name, (file, stored) in sources.items():
-            writer.write(name, file._file.get_tensor(stored))
+            shape = layout[name].shape
+            step = max(1, _SLAB * shape[0] // max(layout[name].nbytes, 1))
+            for start in range(0, shape[0], step):
+                rows = file._file.get_rows(stored, slice(start, min(start + step, shape[0])))
+                writer.write_rows(name, start, rows)
     os.replace(made, target)
 
 
 def groups_of(spec: PermutationSpec, models: int, scope: str, room: int) -> list[list[str]]:
     """Tapped spaces in groups whose statistics fit in `room` bytes together, in the spec's order.
 
-    ValueError, which says how much is needed, if the statistics of one space alone do not fit.
+    A space of which only some rows fit is a group of its own. ValueError, which says how much is needed, if not even
+    these do.
     """
     groups: list[list[str]] = []
     filled = 0
@@ -169,6 +269,11 @@ def groups_of(spec: PermutationSpec, models: int, scope: str, room: int) -> list
         if not space.taps:
             continue
         size = accumulator_bytes(space.width, models, scope == "full")
+        height = rows_that_fit(space.width, models, scope, room)
+        if 0 < height < space.width:
+            groups.append([space.name])
+            filled = room  # nothing beside it
+            continue
         if size > room:
             raise ValueError(
                 f"max_memory: the statistics of space {space.name!r} ({space.width} units, scope {scope!r}) need "

@@ -2,9 +2,9 @@
 
 A space is compared in one of four ways. "joint": all its tensors are in memory, and one kernel call reads them in
 place. "streamed": its tensors pass one after another, and a float64 accumulator stands beside the result
-(`mudsc_fast.streaming`); bfloat16 is quicker this way. Where the similarity of a match by weights fits in neither way,
-"rows" makes some of its rows at a time for an exact assignment (`mudsc_fast.tiled_assignment`), and "tiled" zips on
-lists of its largest entries (`mudsc_fast.tiled_zip`). Merged tensors are written whole, or in slabs of rows. With a
+(`mudsc_fast.streaming`); bfloat16 is quicker this way. Where the similarity fits in neither way, "rows" makes some of
+its rows at a time for an exact assignment (`mudsc_fast.tiled_assignment`), and "tiled" zips by weights on lists of its
+largest entries (`mudsc_fast.tiled_zip`). Merged tensors are written whole, or in slabs of rows. With a
 limit, each step takes the way that fits; the largest step that has none gives the minimum.
 """
 
@@ -23,6 +23,7 @@ from mudsc_fast.layout import dims_of
 from mudsc_fast.streaming import rows_apart
 from mudsc_fast.tiled_assignment import CANDIDATES
 from mudsc_fast.tiled_zip import PAIR_BYTES, TILE_ROWS
+from mudsc_fast.wide_statistics import PRODUCT_BYTES
 
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Space
@@ -233,6 +234,10 @@ def _step(
     held = sum(s.similarity for s in sizes)
     if balance == 0:
         memory = held + max(s.accumulator + s.solve for s in sizes)
+        if room is not None and memory > room and method == "align" and _may_tile(tie):
+            tile, less, least = _rows(sizes[0], models, room, balance)
+            if less < memory:
+                return Step(names, width, "rows", tile, less, 0.0, 2 * sizes[0].accumulator), least
         return Step(names, width, "joint", _PIECE, memory, 0.0, 0), memory
     flops, read = sum(s.flops for s in sizes), sum(s.tensors for s in sizes)
     beside = 0 if balance == 1 else max(s.accumulator for s in sizes)
@@ -249,21 +254,22 @@ def _step(
     quick = room is not None and all(s.bfloat16 for s in sizes) and streamed(piece) <= room
     if room is None or (joint <= room and not quick):
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
-    if room < min(joint, streamed(piece)) and method == "zip" and _may_tile(tie, balance):
+    if room < min(joint, streamed(piece)) and method == "zip" and balance == 1 and _may_tile(tie):
         lists, memory, least = _tiled(sizes[0], models, room)
         return Step(names, width, "tiled", lists, memory, 2 * flops, read), least
-    if room < min(joint, streamed(piece)) and method == "align" and _may_tile(tie, balance):
-        tile, memory, least = _rows(sizes[0], room)
+    if room < min(joint, streamed(piece)) and method == "align" and _may_tile(tie):
+        tile, memory, least = _rows(sizes[0], models, room, balance)
         if memory < min(joint, streamed(piece)):
+            read += 0 if balance == 1 else 2 * sizes[0].accumulator
             return Step(names, width, "rows", tile, memory, 2 * flops, read), least
     if not quick and streamed(piece) > joint:
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
     return Step(names, width, "streamed", piece, streamed(piece), flops, read), min(joint, streamed(piece))
 
 
-def _may_tile(tie: Sequence[Space], balance: float) -> bool:
-    """Whether lists know how: one space without blocks, by weights alone."""
-    return balance == 1 and len(tie) == 1 and tie[0].blocks == 1 and tie[0].within == "free"
+def _may_tile(tie: Sequence[Space]) -> bool:
+    """Whether lists know how: one space without blocks."""
+    return len(tie) == 1 and tie[0].blocks == 1 and tie[0].within == "free"
 
 
 def _tiled(sizes: _Sizes, models: int, room: int) -> tuple[int, int, int]:
@@ -276,14 +282,18 @@ def _tiled(sizes: _Sizes, models: int, room: int) -> tuple[int, int, int]:
     return lists, fixed + lists, fixed + fewest
 
 
-def _rows(sizes: _Sizes, room: int) -> tuple[int, int, int]:
+def _rows(sizes: _Sizes, models: int, room: int, balance: float) -> tuple[int, int, int]:
     """(bytes of a tile, of the whole step, the least of it) of an assignment that sees some rows at a time."""
     n = sizes.space.width
-    # Tensors, and copies of those that are not read in place; a block of columns as it is and in float32; candidates of
-    # every row, while they change; prices and results.
-    fixed = sizes.tensors + sizes.copied + 2 * 512 * 6 * n + 3 * 20 * CANDIDATES * n + 200 * n
-    tile = max(_LEAST_PIECE, min(_PIECE, 4 * n * n, (room - fixed) // 2))
-    return tile, fixed + 2 * tile, fixed + 2 * _LEAST_PIECE
+    # Candidates of every row, while they change; prices and results.
+    fixed, tiles = 3 * 20 * CANDIDATES * n + 200 * n, 2
+    if balance > 0:  # tensors, and copies of those that are not read in place; a block of columns, also in float32
+        fixed += sizes.tensors + sizes.copied + 2 * 512 * 6 * n
+    if balance < 1:  # a second tile, products as they are read and in float64, moments
+        fixed += 4 * max(PRODUCT_BYTES, 8 * _PANEL * models * n) + 100 * models * n
+        tiles = 3
+    tile = max(_LEAST_PIECE, min(_PIECE, 4 * n * n, (room - fixed) // tiles))
+    return tile, fixed + tiles * tile, fixed + tiles * _LEAST_PIECE
 
 
 def _merging(

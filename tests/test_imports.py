@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "agreeing", "best", "installing", "leading", "partial", "repairs", "searching",
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
         "expert_merging", "experts", "hooks", "journal", "matching", "merging", "network", "plan", "progress",
-        "records", "rematch", "stats_files", "streaming", "weights", "workplan",
+        "records", "rematch", "stats_files", "streaming", "weights", "wide_statistics", "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip

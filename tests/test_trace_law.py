@@ -19,7 +19,7 @@ from mudsc_fast.spec import PermutationSpec
 
 pytest.importorskip("transformers")
 EXACT, SINGLE = 1e-10, 1e-5
-IN_SINGLE = re.compile("Llama|Mistral|Qwen|Gemma|OLMo|Phi|Mixtral|Mamba|T5")
+IN_SINGLE = re.compile("Llama|Mistral|Qwen|Gemma|OLMo|Phi|Mixtral|Mamba|T5|Cohere|DeepSeek|GPT-OSS")
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import pytest
 import torch
 from pipeline_cases import ARCHITECTURES
 from torch import Tensor
+from torch.nn import Linear, ReLU, Sequential
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mudsc_fast as mf
-from mudsc_fast import rematch
+from mudsc_fast import rematch, stats_files
 from mudsc_fast.checkpoints import save_checkpoint
 from mudsc_fast.cli import main
-from mudsc_fast.workplan import MARGIN, TensorShape, WorkPlan, plan_work, resident_bytes
+from mudsc_fast.stats_files import StatsFile, calibrate_to_file
+from mudsc_fast.workplan import MARGIN, TensorShape, WorkPlan, accumulator_bytes, plan_work, resident_bytes
 
 GB = 10**9
 
@@ -61,6 +64,81 @@ def test_a_match_by_rows_is_the_match(kind: str, models: int, monkeypatch: pytes
     assert found.history == pytest.approx(expected.history, abs=1e-6)
 
 
+@pytest.mark.parametrize("balance", [0, 0.5])
+@pytest.mark.parametrize(("kind", "models"), [("mlp", 2), ("mlp", 3), ("resnet", 3)])
+@pytest.mark.parametrize("kept", ["memory, cross", "memory, full", "file, cross", "file, full", "bands"])
+def test_a_match_by_rows_with_activations_is_the_match(
+    kind: str, models: int, balance: float, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = ARCHITECTURES[kind]
+    spec, nets, batches = architecture.spec, architecture.models(models), architecture.batches(3)
+    whole = mf.calibrate(nets, batches, spec, scope="full" if kept.endswith("full") else "cross")
+    stats: Mapping[str, mf.Covariance] = whole
+    if kept.startswith("file"):
+        whole.save(tmp_path / "stats")
+        stats = StatsFile(tmp_path / "stats")
+    elif kept == "bands":
+        monkeypatch.setattr(stats_files, "rows_that_fit", lambda width, *_: max(1, (2 * width) // 5))
+        spaces, passes = calibrate_to_file(nets, batches, spec, tmp_path / "stats", 100 * GB, "cross")
+        assert passes == 3 * spaces
+        stats = StatsFile(tmp_path / "stats")
+        loaded = mf.ActivationStats.load(tmp_path / "stats")
+        for name in whole:
+            assert torch.allclose(loaded[name].correlation(), whole[name].correlation(), atol=1e-6)
+    states = [net.state_dict() for net in nets]
+    expected = mf.match(states, spec, whole, balance=balance)
+    layout = {name: TensorShape(tuple(x.shape), x.dtype) for name, x in states[0].items()}
+    work = by_rows(plan_work(spec, layout, models), 64)
+    monkeypatch.setattr("mudsc_fast.matching.plan_work", lambda *a, **k: work)
+    monkeypatch.setattr(rematch, "assign", lambda *a, **k: pytest.fail("the whole similarity was made"))
+    found = mf.match(states, spec, stats, balance=balance, max_memory=GB)
+    assert all(torch.equal(found.labels[name], expected.labels[name]) for name in expected.labels)
+    assert found.values == pytest.approx(expected.values, abs=1e-6)
+    assert found.history == pytest.approx(expected.history, abs=1e-6)
+
+
+def test_statistics_and_similarity_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded, matched and interrupted within limits that the whole exceeds, and the same as without limits."""
+    width = 4608
+    torch.manual_seed(0)
+    nets = [Sequential(Linear(24, width), ReLU(), Linear(width, 8)) for _ in range(2)]
+    names = {"fc1.weight": "0.weight", "fc1.bias": "0.bias", "fc2.weight": "2.weight"}
+    axes = tuple(replace(axis, tensor=names[axis.tensor]) for axis in mlp(width)[0]["hidden"].axes)
+    spec = mf.PermutationSpec((mf.Space("hidden", width, axes, (mf.Tap("2", "input", 1),)),))
+    states = [{name: nets[0].state_dict()[name] for name in names.values()}]
+    moved = spec.permute(states[0], spec.random_permutation(1))
+    states.append({name: x + 0.02 * torch.randn(x.shape) for name, x in moved.items()})
+    nets[1].load_state_dict({**nets[0].state_dict(), **states[1]})
+    batches = [torch.randn(40, 24) for _ in range(4)]
+    sums = accumulator_bytes(width, 2, False)
+    monkeypatch.setattr(stats_files, "resident_bytes", lambda: 0)
+    path = tmp_path / "stats"
+    assert calibrate_to_file(nets, batches, spec, path, MARGIN + int(0.7 * sums), "cross") == (1, 3)
+    with pytest.raises(ValueError, match="max_memory: the statistics of space 'hidden'"):
+        calibrate_to_file(nets, batches, spec, path, MARGIN + int(0.7 * sums), "full")
+    expected = mf.match(states, spec, mf.calibrate(nets, batches, spec, scope="cross"))
+    limit = resident_bytes() + MARGIN + int(1.3 * sums)
+    layout = {name: TensorShape(tuple(x.shape), x.dtype) for name, x in states[0].items()}
+    assert plan_work(spec, layout, 2, max_memory=limit, balance=0.5, merging=False).steps[0].way == "rows"
+    whole = rematch.assign_tiled
+    calls: list[int] = []
+
+    def stopping(source: Any, tile_bytes: int) -> mf.Assignment:
+        calls.append(tile_bytes)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(source, tile_bytes=tile_bytes)
+
+    monkeypatch.setattr(rematch, "assign_tiled", stopping)
+    options = {"max_memory": limit, "journal": tmp_path / "journal"}
+    with pytest.raises(KeyboardInterrupt):
+        mf.match(states, spec, StatsFile(path), **options)
+    found = mf.match(states, spec, StatsFile(path), **options)
+    assert torch.equal(found.labels["hidden"], expected.labels["hidden"])
+    assert found.values["hidden"] == pytest.approx(expected.values["hidden"], abs=1e-6)
+    assert len(calls) >= 3  # the visit that was finished is not made again
+
+
 def test_a_small_limit_takes_the_rows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     width = 6144
     spec, shapes = mlp(width)
@@ -87,9 +165,13 @@ def test_the_plan_of_a_space_that_no_similarity_fits() -> None:
     step = work.step_of("hidden")
     assert step.way == "rows"
     assert work.peak <= 8 * GB < 4 * 57344**2
-    # By activations too there would be sums as large as the similarity.
-    with pytest.raises(ValueError, match=r"which matching space 'hidden' \(57344 units\) needs"):
-        plan_work(spec, layout, 2, max_memory=8 * GB, base=GB // 2, balance=0.5, merging=False)
+    both = plan_work(spec, layout, 2, max_memory=8 * GB, base=GB // 2, balance=0.5, merging=False)
+    assert both.step_of("hidden").way == "rows"
+    assert step.memory <= both.step_of("hidden").memory <= 8 * GB
+    assert both.step_of("hidden").read - step.read == 2 * accumulator_bytes(57344, 2, False)
+    seen = plan_work(spec, {}, 2, max_memory=4 * GB, base=GB // 2, balance=0, merging=False)
+    assert seen.step_of("hidden").way == "rows"
+    assert seen.peak <= 4 * GB
     with pytest.raises(ValueError, match="at least") as refused:
         plan_work(spec, layout, 2, max_memory=4 * GB, base=GB // 2, merging=False)
     least = int(str(refused.value).split("at least ")[1].split()[0])

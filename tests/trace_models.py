@@ -67,6 +67,40 @@ TEXT: dict[str, Callable[[], Made]] = {
     "BLOOM": lambda: text("Bloom", "BloomForCausalLM", n_layer=2, n_head=4),
     "Falcon": lambda: text("Falcon", "FalconForCausalLM"),
     "Mamba": lambda: text("Mamba", "MambaForCausalLM", state_size=4, time_step_rank=3, use_mambapy=False),
+    "Mamba 2": lambda: text(
+        "Mamba2", "Mamba2ForCausalLM", num_heads=8, head_dim=8, state_size=4, n_groups=2, expand=2, chunk_size=4
+    ),
+    "RWKV": lambda: text("Rwkv", "RwkvForCausalLM", attention_hidden_size=32),
+    "GPT-J": lambda: text("GPTJ", "GPTJForCausalLM", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32),
+    "MPT": lambda: text("Mpt", "MptForCausalLM", d_model=32, n_heads=4, n_layers=2, max_seq_len=32),
+    "GPT-BigCode (one key head)": lambda: text(
+        "GPTBigCode", "GPTBigCodeForCausalLM", n_embd=32, n_layer=2, n_head=4, n_positions=32
+    ),
+    "StarCoder2": lambda: decoder("Starcoder2"),
+    "StableLM": lambda: decoder("StableLm"),
+    "Cohere": lambda: decoder("Cohere"),
+    "DeepSeek-V3": lambda: decoder(
+        "DeepseekV3",
+        num_key_value_heads=4,
+        kv_lora_rank=12,
+        q_lora_rank=10,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+    ),
+    "GPT-OSS": lambda: decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    "ModernBERT": lambda: text(
+        "ModernBert", "ModernBertForMaskedLM", pad_token_id=0, global_attn_every_n_layers=2, local_attention=4
+    ),
+    "ALBERT": lambda: text("Albert", "AlbertForMaskedLM", embedding_size=16),
+    "ELECTRA": lambda: text("Electra", "ElectraForMaskedLM", embedding_size=16),
+    "XLNet": lambda: text("XLNet", "XLNetLMHeadModel", d_model=32, n_layer=2, n_head=4, d_inner=48),
 }
 
 
@@ -147,7 +181,53 @@ VISION: dict[str, Callable[[], Made]] = {
         strides=[2, 2],
         mlp_ratios=[2, 2],
     ),
+    "ViTMAE": lambda: masked_autoencoder(),
+    "FocalNet": lambda: image(
+        "FocalNet",
+        "FocalNetForImageClassification",
+        image_size=16,
+        patch_size=2,
+        embed_dim=8,
+        depths=[1, 1],
+        focal_levels=[2, 2],
+        focal_windows=[3, 3],
+    ),
+    "ResNet (bottleneck)": lambda: image(
+        "ResNet", "ResNetForImageClassification", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2]
+    ),
 }
+
+
+def speech() -> Made:
+    import transformers
+
+    config = transformers.Wav2Vec2Config(
+        vocab_size=20,
+        **{key: _TEXT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
+        conv_dim=[16, 16],
+        conv_stride=[2, 2],
+        conv_kernel=[3, 3],
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+    )
+    waves = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    return transformers.Wav2Vec2ForCTC(config), {"input_values": waves}
+
+
+def masked_autoencoder() -> Made:
+    import transformers
+
+    config = transformers.ViTMAEConfig(
+        **_VIT,
+        **_PATCH,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=20,
+    )
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    return transformers.ViTMAEForPreTraining(config), {"pixel_values": pixels(), "noise": noise}
 
 
 def clip(kind: str) -> Made:
@@ -225,6 +305,8 @@ PAIRS: dict[str, Callable[[], Made]] = {
         tie_word_embeddings=False,
     ),
     "Whisper": whisper,
+    "wav2vec 2.0": speech,
+    "Pegasus": lambda: seq2seq("Pegasus", **_HALVES),
 }
 
 PLAIN: dict[str, Callable[[], Made]] = {
@@ -240,6 +322,9 @@ PLAIN: dict[str, Callable[[], Made]] = {
     "LSTM": lambda: plain(m.Recurrent(nn.LSTM), "x"),
     "LSTM (both directions)": lambda: plain(m.Recurrent(nn.LSTM, 2, True), "x"),
     "GRU": lambda: plain(m.Recurrent(nn.GRU, 1), "x"),
+    "Weight norm": lambda: plain(m.conv_net(m.WeightNormed(12, 3), m.WeightNormed(12, 3), width=12, last=12)),
+    "Pixel shuffle": lambda: plain(m.conv_net(m.PixelShuffled(12), m.PixelShuffled(12), width=12, last=12)),
+    "Attention by einsum": lambda: plain(m.Einsum(), "x"),
 }
 
 ALL: dict[str, Callable[[], Made]] = {**TEXT, **VISION, **PAIRS, **PLAIN}
@@ -260,8 +345,8 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def widened(name: str, model: nn.Module, inputs: dict[str, Any]) -> Made:
-    """In float64, but for Mixtral, whose default product of experts knows only float32."""
-    if name == "Mixtral":
+    """In float64, but for models with experts whose default product knows only float32."""
+    if name in ("Mixtral", "DeepSeek-V3", "GPT-OSS"):
         return model, inputs
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 

@@ -154,3 +154,45 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up2(F.relu(self.up1(F.relu(self.down2(F.relu(self.down1(x)))))))
+
+
+class WeightNormed(nn.Module):
+    """Two convolutions whose weights are directions and lengths, the first one in groups, with a shortcut."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        normed = nn.utils.parametrizations.weight_norm
+        self.first = normed(nn.Conv2d(width, 2 * width, 3, padding=1, groups=groups))
+        self.second = normed(nn.Conv2d(2 * width, width, 1), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x)))
+
+
+class PixelShuffled(nn.Module):
+    """Channels that become positions, and positions that become channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(width, 4 * 6, 1), nn.Conv2d(6 * 4, width, 1)
+        self.inner = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.inner(F.pixel_shuffle(F.relu(self.up(x)), 2)))
+        return x + self.down(F.pixel_unshuffle(y, 2))
+
+
+class Einsum(nn.Module):
+    """Attention written as einsums, one of them of three operands."""
+
+    def __init__(self, width: int = 24, heads: int = 3, inner: int = 8) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, width), nn.Linear(width, 5)
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(width, heads, inner) / 4) for _ in range(3))
+        self.o = nn.Parameter(torch.randn(heads, inner, width) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        q, k, v = (torch.einsum("btd,dhk->bhtk", h, w) for w in (self.q, self.k, self.v))
+        weights = torch.einsum("bhik,bhjk->bhij", q, k).softmax(-1)
+        return self.head(h + torch.einsum("bhij,bhjk,hkd->bid", weights, v, self.o))

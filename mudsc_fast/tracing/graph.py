@@ -259,6 +259,8 @@ class Walk:
             return self._unknown(node, [args, kwargs])
         if not self._fits(result, shapes):
             return self._unknown(node, [args, kwargs])
+        if isinstance(result, list) and len(result) == 1 and isinstance(node.meta.get("val"), Tensor):
+            return result[0]
         return result
 
     def _fits(self, result: Any, shapes: list[tuple[int, ...]] | None) -> bool:

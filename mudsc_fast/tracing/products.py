@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,15 +74,24 @@ def addmm(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
 
 @rule("einsum")
 def einsum(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
-    """Two operands at most, letters only, each once an operand; else frozen."""
+    """Letters only, each once an operand; else frozen. Of more than two operands the first two are multiplied first."""
     equation, values = args["equation"].replace(" ", ""), args["tensors"]
     left, _, right = equation.partition("->")
     terms = left.split(",")
     plain = all(len(set(t)) == len(t) == v.dims for t, v in zip(terms, values, strict=True)) and "->" in equation
-    if not plain or "." in equation or len(values) > 2:
+    if not plain or "." in equation:
         for value in values:
             state.freeze_value(value)
         return Value(tuple(state.fixed(s) for s in shapes[0]))
+    while len(values) > 2:
+        kept = "".join(x for x in dict.fromkeys(terms[0] + terms[1]) if any(x in t for t in [*terms[2:], right]))
+        values = [_contracted(state, terms[:2], kept, values[:2]), *values[2:]]
+        terms = [kept, *terms[2:]]
+    return _contracted(state, terms, right, values)
+
+
+def _contracted(state: State, terms: Sequence[str], right: str, values: Sequence[Value]) -> Value:
+    """The einsum of one or two operands."""
     layouts: dict[str, Layout] = {}
     for term, value in zip(terms, values, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
@@ -125,6 +134,14 @@ def attention(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
 
 def _grouped(heads: Layout, kv: Layout) -> Layout:
     return kv + fresh(size_of(heads) // max(size_of(kv), 1))
+
+
+@rule("_weight_norm")
+def weight_norm(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
+    """v times g over v's norm along all dims but one (all of them: -1); g has size 1 on the others."""
+    v, g, dim = args["v"], args["g"], args["dim"]
+    state.mix(v, *(d for d in range(v.dims) if d != dim))
+    return broadcast(state, [v, g], shapes[0])
 
 
 def _convolution(state: State, args: Mapping[str, Any], shapes: Shapes, transposed: bool) -> Result:

@@ -324,3 +324,28 @@ def moved(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
     state.freeze(*(value.axes[d] for d in dims))
     state.mix(value, *dims)
     return value
+
+
+@rule("channel_shuffle")
+def channel_shuffle(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
+    """Channels (dim 1) as groups x others, dealt out again as others x groups."""
+    x: Value = args["self"]
+    batch, channels, *rest = shapes[0]
+    groups = args["groups"]
+    apart = reshaped(state, x, (batch, groups, channels // groups, *rest))
+    return reshaped(state, apart.pick([0, 2, 1, *range(3, apart.dims)]), shapes[0])
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(state: State, args: Mapping[str, Any], shapes: Shapes) -> Result:
+    """Channels (dim -3) x places in a square become positions, or the other way round; both are frozen."""
+    x: Value = args["self"]
+    state.freeze(*x.axes[-2:])
+    positions = tuple(state.fixed(s) for s in shapes[0][-2:])
+    if "upscale_factor" in args:
+        inner = fresh(args["upscale_factor"] ** 2, state.reason)
+        channels = fresh(shapes[0][-3])
+        state.unify(x.axes[-3], channels + inner)
+    else:
+        channels = x.axes[-3] + fresh(args["downscale_factor"] ** 2, state.reason)
+    return Value((*x.axes[:-3], channels, *positions), x.dynamic)

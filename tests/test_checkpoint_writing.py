@@ -430,28 +430,32 @@ def test_rows_that_are_missing_or_too_many(tmp_path: Path, starts: tuple[int, ..
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
 @pytest.mark.parametrize("stop", range(7))
-def test_a_kept_writer_goes_on_after_its_last_whole_shard(tmp_path: Path, stop: int) -> None:
+def test_a_kept_writer_goes_on_after_its_last_whole_tensor(tmp_path: Path, stop: int, suffix: str) -> None:
     tensors = {f"t{k}": torch.randn(10, 4) for k in range(6)}
     keep, texts = tmp_path / "work", {"README.md": "merged"}
     keep.mkdir()
 
     def writer_at(name: str, keep: Path | None) -> CheckpointWriter:
-        return CheckpointWriter(tmp_path / name, layout_of(tensors), max_shard_size=320, texts=texts, keep=keep)
+        path = tmp_path / f"{name}{suffix}"
+        return CheckpointWriter(path, layout_of(tensors), max_shard_size=320, texts=texts, keep=keep)
 
     with writer_at("whole", None) as writer:
         for name, x in tensors.items():
             writer.write(name, x)
     interrupted(writer_at("kept", keep), {f"t{k}": tensors[f"t{k}"] for k in range(stop)})
-    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / f"kept{suffix}").exists()
     with writer_at("kept", keep) as writer:
-        assert writer.own == {f"t{k}" for k in range(stop // 2 * 2, 6)}
+        assert writer.own == {f"t{k}" for k in range(stop, 6)}
         for name in sorted(writer.own):
             writer.write(name, tensors[name])
-    assert {f.name: f.read_bytes() for f in (tmp_path / "kept").iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()
-    }
-    assert (tmp_path / "kept" / "README.md").read_text() == "merged"
+    made, expected = tmp_path / f"kept{suffix}", tmp_path / f"whole{suffix}"
+    if suffix:
+        assert made.read_bytes() == expected.read_bytes()
+        return
+    assert {f.name: f.read_bytes() for f in made.iterdir()} == {f.name: f.read_bytes() for f in expected.iterdir()}
+    assert (made / "README.md").read_text() == "merged"
 
 
 def test_a_damaged_finished_shard_is_written_again(tmp_path: Path) -> None:

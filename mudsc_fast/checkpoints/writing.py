@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -29,8 +30,10 @@ INDEX_NAME = "model.safetensors.index.json"
 # One write call stays short enough for Ctrl-C to be noticed between two of them.
 _CHUNK = 64 * 2**20
 
-# In `keep`: the names of shards that are finished.
-_DONE = "shards-done.txt"
+# In `keep`: the names of the tensors that are safe on the disk, one JSON string a line.
+_DONE = "tensors-done.jsonl"
+# They are made safe when a shard is full, and in a large one whenever as many bytes have been written.
+_SAFE_EVERY = 2**28
 
 # A folder that holds anything else is not replaced: it may be somebody's work, not an earlier output.
 _REPLACEABLE = (".safetensors", ".json", ".txt", ".md", ".model", ".tiktoken", ".jinja")
@@ -92,8 +95,8 @@ class CheckpointWriter:
     companion_dtype: the dtype that the copied config.json says, if it says one.
     texts: further files of a folder output, {name: content}.
     keep: a folder for the unfinished output, which then outlives a failure. A writer of the same arguments that finds
-        it there goes on: `own` has the names of the tensors that are not in a finished shard yet. The caller answers
-        for the arguments being the same, and removes the folder at the end.
+        it there goes on: `own` has the names of the tensors that are not known to be written. The caller answers for
+        the arguments being the same, and removes the folder at the end.
     world: the processes that write together, each with a writer of the same arguments: shards are dealt out to them,
         `own` has the names of this process's tensors, and the output appears once all are written, or not at all.
 
@@ -134,30 +137,36 @@ class CheckpointWriter:
             keep / "output" if keep else self.path.parent / f".{self.path.name}.{secrets.token_hex(4)}.tmp"
         )
         done = self._found() if world is None else world.first(self._found)
-        self._mine = [i for i, shard in enumerate(self.shards) if shard.filename not in done]
+        self._mine = [i for i, shard in enumerate(self.shards) if not done.issuperset(shard.offsets)]
         if world is not None:
             self._mine = world.own(self._mine)
-        self.own = {name for i in self._mine for name in self.shards[i].offsets}
+        self.own = {name for i in self._mine for name in self.shards[i].offsets if name not in done}
         self._files: dict[int, FileIO] = {}
         self._left = {name: _height(self.layout[name]) for name in self.layout if name in self.own}
-        self._open = [len(shard.offsets) for shard in self.shards]
+        self._open = [sum(name in self.own for name in shard.offsets) for shard in self.shards]
+        self._unsafe: dict[int, list[str]] = {}  # written since the shard was last synced
 
-    def _found(self) -> list[str]:
-        """Shards that stand finished in `keep`; single files are written anew."""
-        if self._keep is None or self.is_file:
-            return []
-        done = {name for path in self._keep.glob(f"{_DONE}*") for name in path.read_text(encoding="utf-8").split()}
-        files = {shard.filename: self._temporary / shard.filename for shard in self.shards}
-        sizes = {shard.filename: shard.nbytes for shard in self.shards}
-        return [n for n, f in files.items() if n in done and f.is_file() and f.stat().st_size == sizes[n]]
+    def _found(self) -> set[str]:
+        """Tensors that stand finished in `keep`."""
+        if self._keep is None:
+            return set()
+        lines = [line for path in self._keep.glob(f"{_DONE}*") for line in path.read_bytes().split(b"\n")]
+        done = {name for line in lines for name in _names(line)}
+        places = {i: self._place(i) for i in range(len(self.shards))}
+        whole = {i for i, p in places.items() if p.is_file() and p.stat().st_size == self.shards[i].nbytes}
+        return {name for name, i in self._shard_of.items() if i in whole and name in done}
+
+    def _place(self, index: int) -> Path:
+        """Where a shard is while it is unfinished."""
+        return self._temporary if self.is_file else self._temporary / self.shards[index].filename
 
     def __enter__(self) -> CheckpointWriter:
         try:
             self._temporary = self._begin() if self._world is None else self._world.first(self._begin)
             for i in self._mine:
                 shard = self.shards[i]
-                target = self._temporary if self.is_file else self._temporary / shard.filename
-                file = FileIO(str(target), "xb+" if self._keep is None else "wb+")
+                begun = not self.own.issuperset(shard.offsets)
+                file = FileIO(str(self._place(i)), "xb+" if self._keep is None else "rb+" if begun else "wb+")
                 self._files[i] = file
                 file.truncate(shard.nbytes)
                 _write_at(file, 0, shard.header)
@@ -214,20 +223,28 @@ class CheckpointWriter:
             if self._left[name] <= 0:
                 del self._left[name]
                 self._open[index] -= 1
-            if self._open[index] == 0 and self._keep is not None and not self.is_file:
-                self._mark(index, self._keep)
+                self._finished(index, name)
         except OSError as error:
             raise self._explained(error) from error
 
+    def _finished(self, index: int, name: str) -> None:
+        if self._keep is None:
+            return
+        unsafe = self._unsafe.setdefault(index, [])
+        unsafe.append(name)
+        if self._open[index] == 0 or sum(self.layout[n].nbytes for n in unsafe) >= _SAFE_EVERY:
+            self._mark(index, self._keep)
+        if self._open[index] == 0:
+            self._files.pop(index).close()
+
     def _mark(self, index: int, keep: Path) -> None:
-        """Note that a shard is finished, once it is safe on the disk."""
-        file = self._files.pop(index)
-        os.fsync(file.fileno())
-        file.close()
+        """Note which tensors of a shard are finished, once they are safe on the disk."""
+        os.fsync(self._files[index].fileno())
         # A list for each process: network file systems do not append for two of them at once.
         own = _DONE if self._world is None else f"{_DONE}.{self._world.rank}"
-        with open(keep / own, "a", encoding="utf-8") as done:
-            done.write(self.shards[index].filename + "\n")
+        with open(keep / own, "ab") as done:
+            # A line that a kill cut off would swallow the next one.
+            done.write(b"".join(b"\n" + json.dumps(name).encode() for name in self._unsafe.pop(index)) + b"\n")
             done.flush()
             os.fsync(done.fileno())
 
@@ -306,6 +323,10 @@ class CheckpointWriter:
         return OSError(error.errno, f"cannot write the checkpoint ({error.strerror or error})", str(self.path))
 
     def _remove(self) -> None:
+        if self._keep is not None:
+            with suppress(OSError):  # as much as can be kept
+                for index in list(self._unsafe):
+                    self._mark(index, self._keep)
         for file in self._files.values():
             file.close()
         if self._keep is not None:
@@ -361,6 +382,15 @@ def cast_layout(layout: Mapping[str, TensorInfo], dtype: torch.dtype | None) -> 
         name: TensorInfo(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
         for name, info in layout.items()
     }
+
+
+def _names(line: bytes) -> list[str]:
+    """The name on a line, if the line is whole."""
+    try:
+        name = json.loads(line)
+    except ValueError:
+        return []
+    return [name] if isinstance(name, str) else []
 
 
 def _height(info: TensorInfo) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import scale
+from benchmarks import scale, scale_document
 from mudsc_fast.cli import main
 from mudsc_fast.rematch import Matcher
 
@@ -47,13 +46,12 @@ def test_a_small_llama_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_document_shows_the_committed_results() -> None:
-    result = json.loads((scale.RESULTS / "scale-llama-8b-width.json").read_text())
-    text = (scale.ROOT / "docs" / "scale.md").read_text()
-    for line in [line for table in scale.tables(result) for line in table]:
-        assert line in text
-    assert result["planted"]["exact_spaces"] == result["planted"]["spaces"]
-    for run in result["runs"].values():
-        assert run["peak_resident_mb"] < 4000
-        assert f"{run['peak_resident_mb'] / 1000:.2f} GB" in text
-    for name in ("merged", "average", "b_aligned from b"):
-        assert str(result["logits"][name]) in text
+    text = scale_document.DOCUMENT.read_text()
+    large, wide = scale_document.results()
+    assert scale_document.renewed(text, large, wide) == text
+    assert large["planted"]["exact_spaces"] == large["planted"]["spaces"]
+    assert all(run["peak_resident_mb"] < 4000 for run in large["runs"].values())
+    changed = {**large, "planted": {**large["planted"], "sweeps": 9}}
+    assert "in 9 sweeps" in scale_document.renewed(text, changed, wide)
+    with pytest.raises(ValueError, match="expected one part"):
+        scale_document.renewed(text.replace("measured: steps", "steps"), large, wide)

@@ -136,7 +136,7 @@ class CheckpointWriter:
         self._temporary = (
             keep / "output" if keep else self.path.parent / f".{self.path.name}.{secrets.token_hex(4)}.tmp"
         )
-        done = self._found() if world is None else world.first(self._found)
+        done = self._done = self._found() if world is None else world.first(self._found)
         self._mine = [i for i, shard in enumerate(self.shards) if not done.issuperset(shard.offsets)]
         if world is not None:
             self._mine = world.own(self._mine)
@@ -313,7 +313,9 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
 
     def _check_space(self) -> None:
-        needed = sum(self.shards[i].nbytes for i in (self._mine if self._world is None else range(len(self.shards))))
+        # What stands in finished tensors has its place already.
+        data = sum(info.nbytes for name, info in self.layout.items() if name not in self._done)
+        needed = data + sum(len(shard.header) for shard in self.shards if not self._done.issuperset(shard.offsets))
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free")

@@ -213,6 +213,33 @@ def _match_pairs(view: Tensor, within: str, backend: str) -> tuple[Tensor | None
     return torch.stack([p[0] for p in parts if p[0] is not None]), torch.stack([p[1] for p in parts])
 
 
+def match_block_rows(
+    tile: Callable[[Tensor], Tensor], width: int, blocks: int, within: str, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """What ``assign_blocks`` finds inside each pair of blocks, from a source that makes some rows at a time.
+
+    Args:
+        tile: gives rows, (r,) int64, of the (width, width) similarity.
+        width, blocks, within, backend: as in ``assign_blocks``.
+
+    Returns:
+        The match inside each pair, (blocks, blocks, width / blocks) int64, and its score, (blocks, blocks), on the CPU.
+
+    Source: docs/method.md rule 6.
+    """
+    inner = width // blocks
+    order = torch.arange(inner)
+    found = order.repeat(blocks, blocks, 1)
+    scores = torch.empty(blocks, blocks, dtype=torch.float64)
+    for block in range(blocks):
+        view = tile(block * inner + order).view(inner, blocks, inner).transpose(0, 1)[None]
+        indices, values = _match_pairs(view, within, backend)
+        scores[block] = values[0]
+        if indices is not None:
+            found[block] = indices[0]
+    return found, scores
+
+
 def _inside(matrix: Tensor, inner: Tensor | None, between: Assignment, blocks: int) -> Assignment:
     """The unit-level match that a block match and the matches inside block pairs make."""
     n = matrix.shape[-1]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mudsc_fast.assignment import assign, assign_blocks
+from mudsc_fast.assignment import assign, assign_blocks, match_block_rows
 from mudsc_fast.axes import columns, rows, split_blocks
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import World
@@ -86,6 +86,8 @@ class Matcher:
             return [self._zipped_on_lists(tie[0], current, self.weights, step.piece)]
         if step is not None and step.way == "rows":
             return [self._assigned_by_rows(tie[0], current, balance, step.piece)]
+        if step is not None and step.way == "blocks":
+            return self._assigned_by_blocks(tie, current, balance)
         similarities = [self.similarity(space, current, balance) for space in tie]
         if len(tie) > 1 or tie[0].blocks > 1 or tie[0].within == "fixed":
             return self._in_blocks(tie, similarities)
@@ -171,18 +173,8 @@ class Matcher:
 
     def _assigned_by_rows(self, space: Space, current: Mapping[str, Match], balance: float, tile_bytes: int) -> Match:
         """The same match where the similarity is too large to be held: some of its rows at a time."""
-        terms = self._terms(space, current) if balance > 0 else []
-        sums = None
-        if space.name in self.activations and (balance < 1 or not terms):
-            sums = sums_of(self.activations, space.name)
         indices, value = [], 0.0
-        for m in range(1, self.models):
-            sources: list[Tiles] = []
-            if terms:
-                sources.append(SimilarityTiles([[row[0], row[m]] for row in terms]))
-            if sums is not None:
-                sources.append(StatisticsTiles(sums, m))
-            source = sources[0] if len(sources) == 1 else BlendedTiles(sources[0], sources[1], balance)
+        for m, source in self._tiles(space, current, balance):
             found = assign_tiled(source, tile_bytes=tile_bytes)
             indices.append(found.indices)
             value += float(found.value) / (self.models - 1)
@@ -194,6 +186,40 @@ class Matcher:
                     stacklevel=2,
                 )
         return Match(_labels_of(torch.stack(indices)), value)
+
+    def _tiles(self, space: Space, current: Mapping[str, Match], balance: float) -> Iterator[tuple[int, Tiles]]:
+        """(m, rows of the similarity of models 0 and m) for every other model."""
+        terms = self._terms(space, current) if balance > 0 else []
+        sums = None
+        if space.name in self.activations and (balance < 1 or not terms):
+            sums = sums_of(self.activations, space.name)
+        for m in range(1, self.models):
+            sources: list[Tiles] = []
+            if terms:
+                sources.append(SimilarityTiles([[row[0], row[m]] for row in terms]))
+            if sums is not None:
+                sources.append(StatisticsTiles(sums, m))
+            yield m, sources[0] if len(sources) == 1 else BlendedTiles(sources[0], sources[1], balance)
+
+    def _assigned_by_blocks(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float) -> list[Match]:
+        """The same match of spaces in blocks where similarities are too large to be held: a block's rows at a time."""
+        blocks, others = tie[0].blocks, range(self.models - 1)
+        scores = torch.zeros(self.models - 1, len(tie), blocks, blocks, dtype=torch.float64)
+        inside: list[list[Tensor]] = []
+        for k, space in enumerate(tie):
+            inside.append([])
+            for m, source in self._tiles(space, current, balance):
+                made = match_block_rows(source.tile, space.width, blocks, space.within)
+                inside[k].append(made[0])
+                scores[m - 1, k] = made[1]
+        between = assign(scores.sum(dim=1)).indices
+        matches = []
+        for k in range(len(tie)):
+            pairs = [inside[k][m][torch.arange(blocks), between[m]] for m in others]
+            indices = torch.stack([(between[m][:, None] * pairs[m].shape[1] + pairs[m]).reshape(-1) for m in others])
+            value = float(scores[:, k].gather(2, between[:, :, None]).mean())
+            matches.append(Match(_labels_of(indices), value))
+        return matches
 
     def _zipped(self, space: Space, similarity: Tensor, pairing: Tensor | None) -> Match:
         width = self.widths[space.name]

@@ -1,11 +1,12 @@
 """What a match and a merge need: memory, time and disk of each step, known before a weight is read.
 
-A space is compared in one of four ways. "joint": all its tensors are in memory, and one kernel call reads them in
+A space is compared in one of five ways. "joint": all its tensors are in memory, and one kernel call reads them in
 place. "streamed": its tensors pass one after another, and a float64 accumulator stands beside the result
 (`mudsc_fast.streaming`); bfloat16 is quicker this way. Where the similarity fits in neither way, "rows" makes some of
-its rows at a time for an exact assignment (`mudsc_fast.tiled_assignment`), and "tiled" zips by weights on lists of its
-largest entries (`mudsc_fast.tiled_zip`). Merged tensors are written whole, or in slabs of rows. With a
-limit, each step takes the way that fits; the largest step that has none gives the minimum.
+its rows at a time for an exact assignment (`mudsc_fast.tiled_assignment`), "blocks" those of one block where units move
+in blocks, and "tiled" zips by weights on lists of its largest entries (`mudsc_fast.tiled_zip`). Merged tensors are
+written whole, or in slabs of rows. With a limit, each step takes the way that fits; the largest step that has none
+gives the minimum.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class TensorShape(NamedTuple):
 class Step:
     """The match of one space, or of the spaces of one tie.
 
-    way: "joint", "streamed", "rows" or "tiled". piece: bytes of rows read at once, of the rows of a similarity that are
-    made at once ("rows"), or of the lists of a "tiled" zip. memory:
+    way: "joint", "streamed", "rows", "blocks" or "tiled". piece: bytes of rows read at once, of the rows of a
+    similarity that are made at once ("rows", "blocks"), or of the lists of a "tiled" zip. memory:
     bytes on top of what the process holds. flops: multiply-adds times two, and read: bytes, of one visit.
     """
 
@@ -234,6 +235,10 @@ def _step(
     held = sum(s.similarity for s in sizes)
     if balance == 0:
         memory = held + max(s.accumulator + s.solve for s in sizes)
+        if room is not None and memory > room and method == "align" and tie[0].blocks > 1:
+            tile, less = _by_blocks(sizes, models, balance)
+            if less < memory:
+                return Step(names, width, "blocks", tile, less, 0.0, sum(s.accumulator for s in sizes)), less
         if room is not None and memory > room and method == "align" and _may_tile(tie):
             tile, less, least = _rows(sizes[0], models, room, balance)
             if less < memory:
@@ -262,6 +267,11 @@ def _step(
         if memory < min(joint, streamed(piece)):
             read += 0 if balance == 1 else 2 * sizes[0].accumulator
             return Step(names, width, "rows", tile, memory, 2 * flops, read), least
+    if room < min(joint, streamed(piece)) and method == "align" and tie[0].blocks > 1:
+        tile, memory = _by_blocks(sizes, models, balance)
+        if memory < min(joint, streamed(piece)):
+            read += 0 if balance == 1 else sum(s.accumulator for s in sizes)
+            return Step(names, width, "blocks", tile, memory, flops, read), memory
     if not quick and streamed(piece) > joint:
         return Step(names, width, "joint", _PIECE, joint, flops, read), joint
     return Step(names, width, "streamed", piece, streamed(piece), flops, read), min(joint, streamed(piece))
@@ -294,6 +304,22 @@ def _rows(sizes: _Sizes, models: int, room: int, balance: float) -> tuple[int, i
         tiles = 3
     tile = max(_LEAST_PIECE, min(_PIECE, 4 * n * n, (room - fixed) // tiles))
     return tile, fixed + tiles * tile, fixed + tiles * _LEAST_PIECE
+
+
+def _by_blocks(sizes: Sequence[_Sizes], models: int, balance: float) -> tuple[int, int]:
+    """(bytes of a tile, of the whole step) of an assignment of blocks that sees the rows of one block at a time."""
+    each, tiles, inside = [], [], 0
+    for s in sizes:
+        n, blocks = s.space.width, s.space.blocks
+        tiles.append(4 * n * (n // blocks))
+        memory = 2 * tiles[-1] + n * 8 * 256
+        if balance > 0:  # tensors and copies of them, a block of columns as it is and in float32
+            memory += 2 * s.tensors + 2 * 512 * 6 * n
+        if balance < 1:
+            memory += tiles[-1] + 4 * max(PRODUCT_BYTES, 8 * _PANEL * models * n) + 100 * models * n
+        each.append(memory)
+        inside += (models - 1) * 8 * n * blocks
+    return max(tiles), max(each) + inside
 
 
 def _merging(

@@ -97,6 +97,56 @@ def test_a_match_by_rows_with_activations_is_the_match(
     assert found.history == pytest.approx(expected.history, abs=1e-6)
 
 
+@pytest.mark.parametrize("balance", [0, 0.5, 1.0])
+@pytest.mark.parametrize(("kind", "models"), [("groupnorm", 2), ("vit", 3), ("attention", 2), ("rope", 3)])
+def test_a_match_by_rows_of_blocks_is_the_match(
+    kind: str, models: int, balance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = ARCHITECTURES[kind]
+    spec, nets = architecture.spec, architecture.models(models)
+    stats = mf.calibrate(nets, architecture.batches(3), spec, scope="cross") if balance < 1 else None
+    states = [net.state_dict() for net in nets]
+    expected = mf.match(states, spec, stats, balance=balance)
+    layout = {name: TensorShape(tuple(x.shape), x.dtype) for name, x in states[0].items()}
+    work = plan_work(spec, layout, models)
+    ways = {step.spaces[0]: "rows" if spec[step.spaces[0]].blocks == 1 else "blocks" for step in work.steps}
+    assert "blocks" in ways.values()
+    work = replace(by_rows(work, 64), steps=by_rows(work, 64).with_ways(ways).steps)
+    monkeypatch.setattr("mudsc_fast.matching.plan_work", lambda *a, **k: work)
+    monkeypatch.setattr(rematch, "assign_blocks", lambda *a, **k: pytest.fail("the whole similarity was made"))
+    found = mf.match(states, spec, stats, balance=balance, max_memory=GB)
+    assert all(torch.equal(found.labels[name], expected.labels[name]) for name in expected.labels)
+    assert found.values == pytest.approx(expected.values, abs=1e-6)
+    assert found.history == pytest.approx(expected.history, abs=1e-6)
+
+
+def test_a_small_limit_takes_the_blocks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, shapes = mlp(6144)
+    spec = mf.PermutationSpec((replace(spec["hidden"], blocks=8),))
+    states = related(spec, shapes)
+    expected = mf.match(states, spec, balance=1.0)
+    monkeypatch.setattr(rematch, "assign_blocks", lambda *a, **k: pytest.fail("the whole similarity was made"))
+    found = mf.match(states, spec, max_memory=resident_bytes() + MARGIN + 120 * 10**6)
+    assert torch.equal(found.labels["hidden"], expected.labels["hidden"])
+    assert found.values["hidden"] == pytest.approx(expected.values["hidden"], abs=1e-6)
+
+
+def test_the_plan_of_experts_whose_similarity_does_not_fit() -> None:
+    """Mixtral's: 8 blocks of 14,336 units in one layer, 52 GB in float32."""
+    experts, inner, hidden = 8, 14336, 4096
+    up = mf.Axis("up", (0, 1), "out", (experts, inner), (0, 1))
+    down = mf.Axis("down", (0, 2), "in", (experts, inner), (0, 1))
+    spec = mf.PermutationSpec((mf.Space("experts", experts * inner, (up, down), blocks=experts),))
+    shapes = {"up": (experts, inner, hidden), "down": (experts, hidden, inner)}
+    layout = {name: TensorShape(shape, torch.bfloat16) for name, shape in shapes.items()}
+    for balance in (0.5, 1.0):
+        work = plan_work(spec, layout, 2, max_memory=48 * GB, base=GB // 2, balance=balance, merging=False)
+        assert work.step_of("experts").way == "blocks"
+        assert work.peak < 48 * GB < 4 * (experts * inner) ** 2
+        with pytest.raises(ValueError, match="which matching space 'experts'"):
+            plan_work(spec, layout, 2, max_memory=8 * GB, base=GB // 2, balance=balance, merging=False)
+
+
 def test_statistics_and_similarity_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded, matched and interrupted within limits that the whole exceeds, and the same as without limits."""
     width = 4608

@@ -152,6 +152,7 @@ def _table(rows: Sequence[tuple[str, list[Step]]], flops: float, bytes_read: flo
             "joint": "together",
             "streamed": f"one by one, {in_words(step.piece)} at most",
             "rows": f"rows of the similarity, {in_words(step.piece)} at a time",
+            "blocks": f"rows of a block of the similarity, {in_words(step.piece)} at a time",
         }
         way = ways.get(step.way, f"lists of {in_words(step.piece)}, proven or refused")
         each = _visit_seconds(step, flops, bytes_read)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mudsc_fast.calibration import KIND, calibrate, record
 from mudsc_fast.checkpoints import CheckpointWriter, TensorInfo
@@ -139,9 +139,15 @@ def calibrate_to_file(
     groups = groups_of(spec, len(models), scope, room)
     target, passes = Path(path), 0
     with ExitStack() as stack:
-        first, parts = world is None or world.rank == 0, []
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) if first else None
-        place = Path(stack.enter_context(folder)) if folder is not None else Path()
+        parts: list[Path] = []
+        folders: list[str] = []
+
+        def prepare() -> None:
+            folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+            folders.append(stack.enter_context(folder))
+
+        _by_first(world, prepare)
+        place = Path(folders[0] if folders else "")
         for k, spaces in enumerate(groups):
             parts.append(place / f"{k}.safetensors")
             heard = only_taps_of(spec, spaces)
@@ -177,7 +183,7 @@ def _in_bands(
     plan = bands(width, height)
     vectors = torch.zeros(0)
     with ExitStack() as stack:
-        writer: CheckpointWriter | None = None
+        opened: list[CheckpointWriter] = []
         for k, (first, skip) in enumerate(plan):
 
             def make(space: Space, home: torch.device, first: int = first) -> Band:
@@ -190,15 +196,21 @@ def _in_bands(
                 # Other passes may put their shifts elsewhere by rounding; the products have to be about the same ones.
                 band.rebase(vectors)
                 vectors[:, 0, first : first + height] = band.vectors()[:, 0, first : first + height]
-            if world is not None and world.rank:
-                continue
-            if writer is None:
-                header = {"kind": KIND, "version": 1, "spaces": [{"name": space.name, "plain": band.plain}]}
-                writer = stack.enter_context(CheckpointWriter(path, layout, metadata={KEY: json.dumps(header)}))
-            for start, rows in band.rows(skip):
-                writer.write_rows("0.gram", start, rows)
-        if writer is not None:
-            writer.write("0.vectors", vectors.reshape(4, -1))
+
+            def write(
+                band: Band = band, skip: int = skip, last: bool = k == len(plan) - 1, seen: Tensor = vectors
+            ) -> None:
+                if not opened:
+                    header = {"kind": KIND, "version": 1, "spaces": [{"name": space.name, "plain": band.plain}]}
+                    writer = CheckpointWriter(path, layout, metadata={KEY: json.dumps(header)})
+                    opened.append(stack.enter_context(writer))
+                for start, rows in band.rows(skip):
+                    opened[0].write_rows("0.gram", start, rows)
+                if last:
+                    opened[0].write("0.vectors", seen.reshape(4, -1))
+                    stack.close()
+
+            _by_first(world, write)
     return len(plan)
 
 

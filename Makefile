@@ -97,6 +97,7 @@ bench: $(PACKAGE) $(STAMPS)/with-bench
 scale: $(PACKAGE) $(STAMPS)/with-hf $(STAMPS)/with-plot
 	$(PY) -m benchmarks.scale $(ARGS)
 	$(PY) -m benchmarks.wide_assignment --json benchmarks/results/wide-assignment.json
+	$(PY) -m benchmarks.wide_activations --json benchmarks/results/wide-activations.json
 	$(PY) -m benchmarks.scale_document
 
 # A draws inputs and schedules from SEED; B reads the machine code. Both end within five minutes on two cores.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import scale, wide_assignment
+from benchmarks import scale, wide_activations, wide_assignment
 
 DOCUMENT = scale.ROOT / "docs" / "scale.md"
 _BUSY = 1.5  # wall time to CPU time of one thread, from which on the machine counts as busy
@@ -44,7 +44,7 @@ def machine(result: Mapping[str, Any]) -> list[str]:
     return [f"{where}: {times}. The table has CPU seconds."]
 
 
-def renewed(text: str, large: Mapping[str, Any], wide: Mapping[str, Any]) -> str:
+def renewed(text: str, large: Mapping[str, Any], wide: Mapping[str, Any], both: Mapping[str, Any]) -> str:
     """The document with its measured parts as these results have them; ValueError for a part that it lacks."""
     steps, models = scale.tables(large)
     rows = wide_assignment.tables(dict(wide))
@@ -55,6 +55,7 @@ def renewed(text: str, large: Mapping[str, Any], wide: Mapping[str, Any]) -> str
         "steps": steps,
         "models": models,
         "wide": [*rows[:dense], "", *rows[dense:]],
+        "activations": wide_activations.table(dict(both)),
     }
     for name, lines in parts.items():
         block = re.compile(rf"(<!-- measured: {name} -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
@@ -65,11 +66,11 @@ def renewed(text: str, large: Mapping[str, Any], wide: Mapping[str, Any]) -> str
     return text
 
 
-def results() -> tuple[Any, Any]:
+def results() -> tuple[Any, Any, Any]:
     """The committed results files."""
-    names = ("scale-llama-8b-width.json", "wide-assignment.json")
-    large, wide = (json.loads((scale.RESULTS / name).read_text(encoding="utf-8")) for name in names)
-    return large, wide
+    names = ("scale-llama-8b-width.json", "wide-assignment.json", "wide-activations.json")
+    large, wide, both = (json.loads((scale.RESULTS / name).read_text(encoding="utf-8")) for name in names)
+    return large, wide, both
 
 
 if __name__ == "__main__":

@@ -242,8 +242,8 @@ class Covariance:
             raise ValueError('scope: a "cross" Covariance cannot give "full" correlations')
         return self._sums.correlation(scope == "cross")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything ``from_state_dict`` needs: integers and copies of tensors."""
+    def state_dict(self, copy: bool = True) -> dict[str, Any]:
+        """Everything ``from_state_dict`` needs: integers, and copies of tensors, or with ``copy=False`` themselves."""
         sums = self._sums
         sums.flush()
         return {
@@ -253,8 +253,8 @@ class Covariance:
             "block": sums.block,
             "count": self.count,
             "wide": int(sums.dtype == torch.float64),
-            "gram": sums.gram.clone(),
-            "vectors": sums.vectors.clone(),
+            "gram": sums.gram.clone() if copy else sums.gram,
+            "vectors": sums.vectors.clone() if copy else sums.vectors,
         }
 
     @classmethod

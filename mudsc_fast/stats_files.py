@@ -157,10 +157,28 @@ def calibrate_to_file(
                 continue
             stats = calibrate(models, batches, heard, scope, device, progress=progress, group=world)
             passes += 1
-            _by_first(world, partial(stats.save, parts[-1]))
+            _by_first(world, partial(_save, stats, parts[-1]))
             del stats
         _by_first(world, partial(join_stats, parts, target, [space.name for space in spec.spaces]))
     return sum(map(len, groups)), passes
+
+
+def _save(stats: Mapping[str, Covariance], path: Path) -> None:
+    """What ``ActivationStats.save`` writes, without a copy of the sums."""
+    layout: dict[str, TensorInfo] = {}
+    tensors: dict[str, Tensor] = {}
+    spaces: list[dict[str, Any]] = []
+    for k, (name, covariance) in enumerate(stats.items()):
+        state = covariance.state_dict(copy=False)
+        found = {f"{k}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+        tensors.update(found)
+        layout.update({key: TensorInfo(tuple(x.shape), x.dtype) for key, x in found.items()})
+        plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        spaces.append({"name": name, "plain": plain})
+    header = {KEY: json.dumps({"kind": KIND, "version": 1, "spaces": spaces})}
+    with CheckpointWriter(path, layout, metadata=header) as writer:
+        for key, x in tensors.items():
+            writer.write(key, x)
 
 
 def _in_bands(
@@ -211,6 +229,7 @@ def _in_bands(
                     stack.close()
 
             _by_first(world, write)
+            del band, write  # before the next one takes as much
     return len(plan)
 
 

@@ -48,7 +48,7 @@ class Band:
 
     def vectors(self) -> Tensor:
         """(4, models, width): shift, scale, sums and sums of squares; of model 0 only this band's units count."""
-        state = self._sums.state_dict()
+        state = self._sums.state_dict(copy=False)
         positions = unit_positions(self.height, self._sums.models, True, max(state["block"], 1))
         found = state["vectors"].cpu()[:, positions]
         vectors = torch.zeros(4, self.models, self.width, dtype=torch.float64)

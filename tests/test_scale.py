@@ -47,11 +47,13 @@ def test_a_small_llama_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_document_shows_the_committed_results() -> None:
     text = scale_document.DOCUMENT.read_text()
-    large, wide = scale_document.results()
-    assert scale_document.renewed(text, large, wide) == text
+    large, wide, both = scale_document.results()
+    assert scale_document.renewed(text, large, wide, both) == text
+    assert both["labels_equal"]
+    assert all(both[step]["peak_rss_mib"] <= both[step]["limit_mib"] for step in ("calibrated", "matched"))
     assert large["planted"]["exact_spaces"] == large["planted"]["spaces"]
     assert all(run["peak_resident_mb"] < 4000 for run in large["runs"].values())
     changed = {**large, "planted": {**large["planted"], "sweeps": 9}}
-    assert "in 9 sweeps" in scale_document.renewed(text, changed, wide)
+    assert "in 9 sweeps" in scale_document.renewed(text, changed, wide, both)
     with pytest.raises(ValueError, match="expected one part"):
-        scale_document.renewed(text.replace("measured: steps", "steps"), large, wide)
+        scale_document.renewed(text.replace("measured: steps", "steps"), large, wide, both)

@@ -33,15 +33,17 @@ def test_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     from mudsc_fast.backends.triton import configs
 
     chip = configs.chip_of(torch.cuda.get_device_capability())
-    batch = [x.float() for x in features(1030, 515)]
-    weights = [[x.T.contiguous() for x in batch]]
-    wanted = mf.reference.Covariance(515)
+    batch = [x.bfloat16() for x in features(1030, 520)]
+    weights = [[x.float().T.contiguous() for x in batch]]
+    wanted = mf.reference.Covariance(520)
     wanted.update(batch)
-    for use in ("add", "blend"):
+    wanted.update([x.float() for x in batch])
+    for use in ("add", "diagonal", "blend"):
         for config in configs.listed(use, chip):
             monkeypatch.setitem(configs.TABLES, use, {80: (config,), chip: (config,)})
-            found = mf.Covariance(515, device="cuda", backend="triton")
-            found.update([x.cuda() for x in batch])
+            found = mf.Covariance(520, device="cuda", backend="triton")
+            found.update([x.cuda() for x in batch])  # raw, then in planes
+            found.update([x.float().cuda() for x in batch])
             got = mf.dual_similarity([[w.cuda() for w in row] for row in weights], found, 0.5, "full")
             seen = mf.reference.dual_similarity(weights, wanted, 0.5, "full")
             assert float((got.cpu() - seen).abs().max()) <= 1e-5, config.name
@@ -123,6 +125,8 @@ def test_covariance_update_in_a_cuda_graph() -> None:
         stacked = torch.cat(batch, dim=1).double()
         wanted = 2 * (stacked.T @ stacked).triu()
         assert float((gram.triu() - wanted).abs().max()) <= 1e-5 * 4096
+        assert float((vectors[2] - 2 * stacked.sum(dim=0)).abs().max()) <= 1e-5 * 4096
+        assert float((vectors[3] - 2 * stacked.square().sum(dim=0)).abs().max()) <= 1e-5 * 4096
 
 
 def test_another_stream_and_device_order() -> None:

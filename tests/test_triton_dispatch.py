@@ -86,7 +86,7 @@ def test_configurations_by_chip() -> None:
             assert all(config.reason for config in configs.listed(use, chip))
     assert not configs.product_config("add", (8, 6)).descriptors
     assert configs.product_config("add", (9, 0)).descriptors
-    with pytest.raises(ValueError, match='"add" or "blend"'):
+    with pytest.raises(ValueError, match='"add", "blend" or "diagonal"'):
         configs.product_config("split", (9, 0))
     with pytest.raises(ValueError, match='"split_across"'):
         configs.split_config("blend", (9, 0))
@@ -129,6 +129,12 @@ def test_tiles_are_walked_once_each_in_groups() -> None:
     assert whole[:4] == [[0, 0], [1, 0], [0, 1], [1, 1]]
     square = tile_order(200, 200, config, True, cpu).tolist()
     assert sorted(square) == [[i, j] for i in range(7) for j in range(4) if 64 * j + 63 >= 32 * i]
+    # All but the squares of 64 along the diagonal, of a triangle and of a whole.
+    beyond = tile_order(200, 200, config, True, cpu, None, 64).tolist()
+    assert sorted(beyond) == [[i, j] for i in range(7) for j in range(4) if j > i // 2]
+    both = tile_order(200, 200, config, False, cpu, None, 128).tolist()
+    assert sorted(both) == [[i, j] for i in range(7) for j in range(4) if j // 2 != i // 4]
+    assert len(tile_order(64, 64, config, True, cpu, None, 64)) == 0
     assert sorted(tile_order(100, 64, config, False, cpu, (32, 70)).tolist()) == [[1, 0], [2, 0]]
     with pytest.raises(ValueError, match="multiple of 32"):
         tile_order(100, 64, config, False, cpu, (16, 70))

@@ -19,6 +19,7 @@ BEGIN, END = "<!-- proofs: begin -->", "<!-- proofs: end -->"
 # What each kernel is part of; those of one CUDA source share their cases.
 OPS = {
     "product.add_kernel": "covariance",
+    "diagonal.diagonal_kernel": "covariance",
     "split.split_kernel": "covariance, similarity",
     "correlation.correlation_kernel": "covariance",
     "correlation.mirror_kernel": "covariance",

@@ -50,6 +50,10 @@ def cases(quick: bool = False) -> Iterator[Case]:
                 if variant.channels and not config.descriptors:
                     continue
                 yield _add(config, chip, variant)
+        for config in configs.listed("diagonal", chip):
+            for near in DIAGONAL_VARIANTS[:1] if quick else DIAGONAL_VARIANTS:
+                if config.descriptors or not near[2]:
+                    yield _diagonal(config, chip, *near)
         for config in configs.listed("blend", chip):
             for blend in BLEND_VARIANTS[:1] if quick else BLEND_VARIANTS:
                 yield _blend(config, chip, blend)
@@ -78,6 +82,14 @@ ADD_VARIANTS = (
     AddVariant("shifted in 2 planes", "bf16", 2),
     AddVariant("fp16", "fp16", 1),
     AddVariant("bf16 images", "bf16", 1, True),
+)
+# name, type, images, sums of both operands
+DIAGONAL_VARIANTS = (
+    ("bf16, both operands", "bf16", False, True),
+    ("bf16", "bf16", False, False),
+    ("fp16", "fp16", False, False),
+    ("bf16 images, both operands", "bf16", True, True),
+    ("bf16 images", "bf16", True, False),
 )
 # name, planes, and the constants that differ
 BLEND_VARIANTS: tuple[tuple[str, int, dict[str, bool]], ...] = (
@@ -142,6 +154,20 @@ def _add(config: Any, chip: int, variant: AddVariant) -> Case:
     odd = ("tile_count", "splits", "steps", "image_steps", "samples")
     return Case(
         "product.add_kernel", variant.name, chip, config.name, signature, constants, config.warps, config.stages, odd,
+        True, config.descriptors,
+    )  # fmt: skip
+
+
+def _diagonal(config: Any, chip: int, name: str, dtype: str, channels: bool, both: bool) -> Case:
+    signature = {**_operands(config, dtype, channels), "out": "*fp32", "partial": "*fp32", "tiles": "*i32"}
+    signature |= _integers("tile_count splits chunk_steps steps samples image_steps units left_pitch right_pitch")
+    constants = {
+        "DESCRIPTORS": config.descriptors, "CHANNELS": channels, "BOTH": both, "BAND": 256, "SIDE": config.rows,
+        "DEPTH": config.depth, "STAGES": config.stages, "SLICES": config.slices,
+    }  # fmt: skip
+    odd = ("tile_count", "splits", "steps", "image_steps", "samples")
+    return Case(
+        "diagonal.diagonal_kernel", name, chip, config.name, signature, constants, config.warps, config.stages, odd,
         True, config.descriptors,
     )  # fmt: skip
 

@@ -76,6 +76,80 @@ def test_the_rule_chooses_by_mean_over_deviation() -> None:
         assert covariance_error([batch], raw=raw) <= setup.CORRELATION, ratio
 
 
+def _passes_of_their_own(*args: object, **options: object) -> None:
+    raise AssertionError("a batch that is read in place was read for its sums alone")
+
+
+@pytest.mark.parametrize("scope", ["full", "cross"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_of_raw_batches_come_with_their_product(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scope: str
+) -> None:
+    monkeypatch.setattr(covariance_sums, "split", _passes_of_their_own)
+    whole = [x.to(dtype) for x in setup.features(301, 97, 3, 0.3)]
+    whole[1][:, 5] = 0.0
+    made = []
+    for _ in range(2):
+        with setup.cut_as(setup.OBLONG, setup.SMALL):
+            made.append(mf.Covariance(97, 3, scope, backend="triton"))
+            for part in (slice(0, 150), slice(150, 301)):
+                made[-1].update([x[part] for x in whole])
+    x = torch.cat(whole, dim=1).double()
+    sums, squares = made[0]._sums.vectors[2:]
+    assert made[0]._sums.raw
+    assert float(((sums - x.sum(dim=0)).abs() / x.abs().sum(dim=0).clamp(min=1e-300)).max()) <= 2**-21
+    assert float(((squares - x.square().sum(dim=0)).abs() / x.square().sum(dim=0).clamp(min=1e-300)).max()) <= 2**-21
+    assert float(squares[102]) == float(sums[102]) == 0.0
+    # Chunks shared out or not, each sum is written once and added up in one order.
+    assert torch.equal(made[0]._sums.vectors, made[1]._sums.vectors)
+
+
+def test_a_column_that_float32_cannot_judge_is_judged_by_a_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    one = covariance_sums.split
+    monkeypatch.setattr(covariance_sums, "split", lambda *args: seen.append(len(seen)) or one(*args))
+    for value, passes in ((0.0, 0), (0.1, 2), (float("nan"), 4)):
+        batch = [x.half() for x in setup.features(200, 40)]
+        batch[0][:, 7] = value
+        wanted = mf.reference.Covariance(40)
+        with setup.cut_as(setup.SMALL):
+            found = mf.Covariance(40, backend="triton")
+            found.update(batch)
+        wanted.update(batch)
+        assert len(seen) == passes, value
+        assert found._sums.raw
+        assert setup.distance(found.correlation(), wanted.correlation()) <= setup.CORRELATION
+        seen.clear()
+
+
+def test_the_op_takes_the_sums_along_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covariance_sums, "split", _passes_of_their_own)
+    for scope in ("full", "cross"):
+        batch = [x.bfloat16() for x in setup.features(130, 40, 3)]
+        sums = mf.Covariance(40, 3, scope, backend="triton")._sums
+        with setup.cut_as(setup.SMALL):
+            for _ in range(2):
+                covariance_sums.add_to(sums.gram, sums.vectors, batch, -1, 1, 40, 3, scope == "cross")
+        x = torch.cat(batch, dim=1).double()
+        wanted = 2 * (x.T @ x)[sums._rows, sums._columns]
+        got = sums.gram.double()
+        if scope == "full":
+            wanted, got = wanted.triu(), got.triu()
+        assert float((got - wanted).abs().max()) <= 1e-6 * 260
+        assert float((sums.vectors[2] - 2 * x.sum(dim=0)).abs().max()) <= 1e-6 * 260
+        assert float((sums.vectors[3] - 2 * x.square().sum(dim=0)).abs().max()) <= 1e-6 * 260
+
+
+def test_squares_along_the_diagonal_are_refused_where_they_do_not_fit() -> None:
+    from mudsc_fast.backends.triton.diagonal import diagonal_products
+    from mudsc_fast.backends.triton.product import Operand
+
+    x = Operand(torch.ones(40, 40, dtype=torch.bfloat16))
+    for config, band in ((setup.OBLONG, 64), (setup.SMALL, 48)):
+        with pytest.raises(ValueError, match="config: expected square tiles"):
+            diagonal_products(x, x, config, band, True, False)
+
+
 def test_three_planes_are_as_exact_as_a_float32_product() -> None:
     x = setup.features(300, 17)
     batch = [y.float() for y in x]
@@ -111,12 +185,13 @@ def test_a_batch_that_fails_before_the_sums_are_touched_changes_nothing(monkeypa
     batch = [x.bfloat16() for x in setup.features(20, 8)]
     covariance.update(batch)
     before = covariance.correlation()
-    monkeypatch.setattr(covariance_sums, "split", _broken)
-    with pytest.raises(RuntimeError, match="add_kernel"):
-        covariance.update(batch)
-    monkeypatch.undo()
-    assert covariance.count == 20
-    assert torch.equal(covariance.correlation(), before)
+    for step, given in (("diagonal_products", batch), ("split", [x.float() for x in batch])):
+        monkeypatch.setattr(covariance_sums, step, _broken)
+        with pytest.raises(RuntimeError, match="add_kernel"):
+            covariance.update(given)
+        monkeypatch.undo()
+        assert covariance.count == 20
+        assert torch.equal(covariance.correlation(), before)
 
 
 def test_the_document_counts_the_cases() -> None:

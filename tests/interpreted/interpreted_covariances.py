@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from interpreted_setup import ADD, DTYPES, POINTERS, SMALL, Case, Error, cut_as, distance, features
+from interpreted_setup import ADD, DTYPES, JUDGED, OBLONG, POINTERS, RAW, SMALL, Case, Error, cut_as, distance, features
 from torch import Tensor
 
 import mudsc_fast as mf
@@ -18,10 +18,11 @@ def covariance_error(
     dim: int = -1,
     config: ProductConfig = SMALL,
     raw: bool | None = None,
+    near: ProductConfig | None = None,
 ) -> float:
-    """Error of the correlations of a stream; infinity where `raw` is not what the rule chose."""
+    """Error of the correlations of a stream; infinity where `raw` is not what the rule chose, or the means are off."""
     models, width = len(batches[0]), batches[0][0].shape[dim]
-    with cut_as(config):
+    with cut_as(config, near):
         found = mf.Covariance(width, models, scope, backend="triton")
         wanted = mf.reference.Covariance(width, models, scope)
         for batch in batches:
@@ -30,6 +31,9 @@ def covariance_error(
         if raw is not None and found._sums.raw is not raw:
             return float("inf")
         got = found.correlation()
+    size = (wanted.variance + wanted.mean.square()).sqrt()
+    if bool(((found.mean - wanted.mean).abs() > 1e-6 * size).any()):
+        return float("inf")
     if scope == "full" and got.dtype == torch.float32 and not torch.equal(got, got.T):
         return float("inf")
     return distance(got, wanted.correlation())
@@ -42,6 +46,20 @@ def _stream(dtype: str, ratio: float, scope: str, width: int = 41, models: int =
         batches = [[x[:first] for x in whole], [x[first:] for x in whole]]
         raw = None if dtype == "float32" or 0 < ratio < 3 else ratio == 0
         return covariance_error([b for b in batches if len(b[0])], scope, raw=raw)
+
+    return error
+
+
+def _changing(parts: list[tuple[int, float]], dtype: str, scope: str, raw: bool) -> Error:
+    """A stream whose batches have other means: (samples, mean/deviation) of each."""
+    models = 3 if scope == "cross" else 2
+
+    def error(seed: int) -> float:
+        batches = [
+            [x.to(DTYPES[dtype]) for x in features(n, 70, models, ratio, seed + k)]
+            for k, (n, ratio) in enumerate(parts)
+        ]
+        return covariance_error(batches, scope, config=OBLONG, near=SMALL, raw=raw)
 
     return error
 
@@ -74,6 +92,12 @@ def layouts(dtype: torch.dtype, seed: int) -> dict[str, tuple[list[Tensor], int]
     }
 
 
+IN_PLACE = (
+    "images, aligned", "one image", "channels last", "every second", "tokens", "columns", "a slice of rows",
+    "unaligned start",
+)  # fmt: skip
+
+
 def _layout(name: str, dtype: str, config: ProductConfig = SMALL) -> Error:
     def error(seed: int) -> float:
         batch, dim = layouts(DTYPES[dtype], seed)[name]
@@ -89,6 +113,16 @@ def _unusual(name: str) -> Error:
         if name == "not finite":
             half[0][3, 2], half[0][0, 1], half[1][7, 13] = float("nan"), float("inf"), -float("inf")
             return max(covariance_error([half]), covariance_error([[x.float() for x in half]]))
+        if name == "not finite midway":
+            whole = features(140, 41, 2, 1.0, seed)
+            batches = [[x[40 * k : 40 * k + 50].bfloat16() for x in whole] for k in range(3)]
+            batches[1][1][7, 33], batches[2][0][0, 0] = float("inf"), float("nan")
+            return max(covariance_error(batches, scope, raw=True) for scope in ("full", "cross"))
+        if name == "tiny units":
+            # Squares below float32: the rule has to see that these are not zero.
+            small = [torch.logspace(-32, -20, 18, dtype=torch.float64).mul(x.double()).bfloat16() for x in half]
+            small[0][:, 3] = 0.0
+            return covariance_error([small], raw=False)
         if name == "dead units":
             half[0][:, 5], half[1][:, 0] = 0.1, 0.0
             return max(covariance_error([half], raw=True), covariance_error([[x.float() for x in half]]))
@@ -152,27 +186,43 @@ def _state(seed: int) -> float:
 def cases() -> Iterator[Case]:
     """Every comparison of covariances."""
     for dtype in DTYPES:
+        raw = ADD if dtype == "float32" else RAW
         for ratio in (0, 1.5, 3, 10, 100):
             scope = "cross" if ratio == 1.5 else "full"
-            yield Case(f"covariance, {dtype}, mean/std {ratio}, {scope}", ADD, _stream(dtype, ratio, scope))
+            kernels = raw if ratio == 0 or dtype == "float32" else JUDGED
+            yield Case(f"covariance, {dtype}, mean/std {ratio}, {scope}", kernels, _stream(dtype, ratio, scope))
         for width in (1, 31, 32, 33, 65):
             extra = dtype == "float16" or (dtype == "float32" and width in (31, 32))
             error = _stream(dtype, 0, "full", width, 3, 40)
-            yield Case(f"covariance, {dtype}, width {width}", ADD, error, extra=extra)
+            kernels = ADD if width == 1 else raw  # one unit is a vector, which is copied
+            yield Case(f"covariance, {dtype}, width {width}", kernels, error, extra=extra)
         for samples in (1, 31, 32, 33, 64, 65, 130):
             extra = (dtype == "float16" and samples != 33) or (dtype == "float32" and samples in (31, 32, 64, 65))
-            error = _stream(dtype, 0, "cross", 9, 2, samples)
-            yield Case(f"covariance, {dtype}, {samples} samples", ADD, error, extra=extra)
-    yield Case("covariance, bfloat16, many samples, mean/std 100", ADD, _stream("bfloat16", 100, "full", 19, 2, 900))
+            error = _stream(dtype, 0, "cross", 41, 2, samples)
+            kernels = ADD if samples == 1 else raw
+            yield Case(f"covariance, {dtype}, {samples} samples", kernels, error, extra=extra)
+    yield Case("covariance, bfloat16, many samples, mean/std 100", JUDGED, _stream("bfloat16", 100, "full", 19, 2, 900))
+    for dtype, scope in (("bfloat16", "full"), ("bfloat16", "cross"), ("float16", "cross")):
+        kept, left = [(70, 0.0), (33, 1.5), (150, -1.0), (65, 10.0)], [(20, 0.0), (30, 1.0), (330, 10.0), (40, 0.0)]
+        for name, parts, stays in (("stay raw", kept, True), ("leave", left, False)):
+            title = f"covariance, {dtype}, {scope}, means change and {name}"
+            extra = scope == "full" and stays
+            yield Case(title, RAW if stays else JUDGED, _changing(parts, dtype, scope, stays), extra=extra)
     for name in layouts(torch.bfloat16, 0):
-        yield Case(f"covariance, bfloat16, {name}", ADD, _layout(name, "bfloat16"))
+        yield Case(f"covariance, bfloat16, {name}", RAW if name in IN_PLACE else ADD, _layout(name, "bfloat16"))
     for name in ("images, aligned", "images, odd", "token slice"):
         yield Case(f"covariance, float32, {name}", ADD, _layout(name, "float32"))
     for name in ("images, aligned", "a slice of rows", "tokens"):
-        yield Case(f"covariance, bfloat16, pointers, {name}", ADD, _layout(name, "bfloat16", POINTERS))
+        yield Case(
+            f"covariance, bfloat16, pointers, {name}",
+            ADD if "images" in name else RAW,
+            _layout(name, "bfloat16", POINTERS),
+        )
     for name in (
-        "not finite", "dead units", "types change", "types differ between models", "means grow", "magnitudes", "float64"
+        "not finite", "not finite midway", "tiny units", "dead units", "types change", "types differ between models",
+        "means grow", "magnitudes", "float64",
     ):  # fmt: skip
-        yield Case(f"covariance, {name}", ADD, _unusual(name))
+        mixed = name in ("types differ between models", "float64")
+        yield Case(f"covariance, {name}", ADD if mixed else RAW if name == "means grow" else JUDGED, _unusual(name))
     yield Case("covariance, strides past 32 bits", ADD, _far_apart)
     yield Case("covariance, merging and states", (*ADD, "correlation.mirror_kernel"), _state)

@@ -8,12 +8,13 @@ fail them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import interpreted_covariances as covariances
 import interpreted_lists as lists
 import interpreted_setup as setup
 import interpreted_similarities as similarities
-from interpreted_setup import ADD, BLENDED, DTYPES, Case, Error, cut_as
+from interpreted_setup import BLENDED, DTYPES, RAW, Case, Error, cut_as
 
 from mudsc_fast.backends.triton import configs
 from mudsc_fast.backends.triton.configs import ProductConfig
@@ -24,6 +25,11 @@ def _config(use: str, config: ProductConfig, dtype: str) -> Error:
 
     def error(seed: int) -> float:
         width, samples = max(config.rows, config.columns) + 1, config.depth + 3
+        if use == "diagonal":
+            width += config.columns  # one past a square of four tiles
+            batch = [x.to(DTYPES[dtype]) for x in setup.features(samples, width, 2, 0.0, seed)]
+            cut = replace(config, columns=2 * config.columns)  # two tiles of the triangle a square
+            return covariances.covariance_error([batch], "cross", config=cut, near=config, raw=True)
         if use == "add":
             batch = [x.to(DTYPES[dtype]) for x in setup.features(samples, width, 2, 0.0, seed)]
             return covariances.covariance_error([batch], "cross", config=config)
@@ -35,13 +41,13 @@ def _config(use: str, config: ProductConfig, dtype: str) -> Error:
 
 
 def _one_past_each_tile() -> Iterator[Case]:
-    for use in ("add", "blend"):
+    for use in ("add", "blend", "diagonal"):
         seen = set()
         for chip in configs.TABLES[use].values():
             for config in chip:
                 if isinstance(config, ProductConfig) and config.name not in seen:
                     seen.add(config.name)
-                    kernels = ADD if use == "add" else BLENDED
+                    kernels = BLENDED if use == "blend" else RAW
                     yield Case(f"{use}, one past each tile of {config.name}", kernels, _config(use, config, "bfloat16"))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("these kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
@@ -31,11 +31,14 @@ CORRELATION = 1e-5  # docs/method.md; usual errors are a hundredth of it
 USUAL = 1e-6  # where float32 and its planes lose nothing systematically
 SMALL = ProductConfig(32, 32, 32, 4, 2, True, "small tiles: all edges at little cost", chunk=64)
 POINTERS = ProductConfig(32, 32, 32, 4, 2, False, "no descriptors", chunk=64, slices=2)
+OBLONG = ProductConfig(32, 64, 32, 4, 2, True, "squares along the diagonal of several small tiles", chunk=64)
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Error = Callable[[int], float]
+RAW = ("product.add_kernel", "diagonal.diagonal_kernel", "correlation.correlation_kernel")
 ADD = ("product.add_kernel", "split.split_kernel", "correlation.correlation_kernel")
+JUDGED = (*ADD, "diagonal.diagonal_kernel")  # raw products that are given up, or moments by a pass of their own
 BLENDED = ("product.blend_kernel", "split.split_kernel")
 LISTED = ("candidates.collect_kernel", "candidates.order_kernel")
 
@@ -52,11 +55,13 @@ class Case:
 
 
 @contextmanager
-def cut_as(config: ProductConfig) -> Iterator[None]:
-    """Take this configuration for all products."""
-    before = {use: dict(configs.TABLES[use]) for use in ("add", "blend")}
+def cut_as(config: ProductConfig, near: ProductConfig | None = None) -> Iterator[None]:
+    """Take this configuration for all products, and `near`, or its square tiles, for those near the diagonal."""
+    before = {use: dict(configs.TABLES[use]) for use in ("add", "blend", "diagonal")}
+    side = min(config.rows, config.columns)
+    near = near or replace(config, rows=side, columns=side, add_descriptors=False, held=1)
     for use in before:
-        configs.TABLES[use] = dict.fromkeys((80, 90, 100), (config,))
+        configs.TABLES[use] = dict.fromkeys((80, 90, 100), (near if use == "diagonal" else config,))
     try:
         yield
     finally:

@@ -101,6 +101,12 @@ _BLEND: dict[int, tuple[ProductConfig, ...]] = {
     ),
     100: (ProductConfig(128, 128, 64, 8, 4, True, "whole tiles spill 416 bytes, quarters none", slices=4),),
 }
+# Beside its product a tile keeps two sums, or four, of each place of a step's block: half the depth of other tiles.
+_DIAGONAL: dict[int, tuple[ProductConfig, ...]] = {
+    80: (ProductConfig(64, 64, 32, 8, 4, False, "128 x 128 spills 16 bytes beside its sums, with Triton 3.9"),),
+    90: (ProductConfig(128, 128, 32, 8, 4, True, "sums of both operands fit; 64 deep they spill 8 bytes"),),
+    100: (ProductConfig(128, 128, 32, 8, 4, True, "as on sm_90; 64 deep they spill 120 bytes", slices=4),),
+}
 _SPLIT: dict[int, tuple[SplitConfig, ...]] = {
     80: (SplitConfig(16, 64, 1024, 8, "4 entries a thread, 16 B of float32; 8 would spill 8 bytes, 16 up to 32"),),
 }
@@ -115,6 +121,7 @@ _SPLIT_TABLES: dict[int, tuple[SplitConfig, ...]] = {
 TABLES: dict[str, dict[int, tuple[Config, ...]]] = {
     "add": {chip: tuple(found) for chip, found in _ADD.items()},
     "blend": {chip: tuple(found) for chip, found in _BLEND.items()},
+    "diagonal": {chip: tuple(found) for chip, found in _DIAGONAL.items()},
     "split": {chip: tuple(found) for chip, found in _SPLIT.items()},
     "split_across": {chip: tuple(found) for chip, found in _SPLIT_ACROSS.items()},
     "split_tables": {chip: tuple(found) for chip, found in _SPLIT_TABLES.items()},
@@ -136,10 +143,10 @@ def listed(use: str, chip: int) -> tuple[Config, ...]:
 
 
 def product_config(use: str, capability: tuple[int, int]) -> ProductConfig:
-    """How to cut a product: use "add" or "blend"."""
+    """How to cut a product: use "add", "blend" or "diagonal"."""
     found = _chosen(use, capability)
     if not isinstance(found, ProductConfig):
-        raise ValueError(f'use: expected "add" or "blend", got {use!r}')
+        raise ValueError(f'use: expected "add", "blend" or "diagonal", got {use!r}')
     return found
 
 

@@ -9,11 +9,20 @@ The rule for what is multiplied, batch by batch (docs/gpu.md has its derivation)
   three (six products) where an input is float32 or there are few samples, two (three products) for 16-bit inputs.
 - float64 is multiplied by torch.
 
+Raw, the tiles near the diagonal are multiplied first, apart from the sums (``diagonal``): their main loop also adds up
+every column, which decides by the rule before anything was added, and without another pass over the batch. Planes are
+summed while they are split. Only where float32 sums cannot tell (an entry is not finite, a unit is nearly constant)
+does a pass with float64 sums decide.
+
 Once the sums are about a shift other than 0 they stay there, and follow the means when these drift by more than a
 deviation.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +31,7 @@ from mudsc_fast.backends.cpu_covariance import similarity_shape
 from mudsc_fast.backends.torch_device import DEAD, TorchCovariance
 from mudsc_fast.backends.triton.configs import ProductConfig, product_config
 from mudsc_fast.backends.triton.correlation import correlations, mirror, moments_of
+from mudsc_fast.backends.triton.diagonal import add_squares, diagonal_products
 from mudsc_fast.backends.triton.launching import allocate, capability
 from mudsc_fast.backends.triton.product import Operand, add_product, lengthening, readable
 from mudsc_fast.backends.triton.split import Source, split, strided
@@ -34,6 +44,9 @@ TINY, HUGE = 1e-30, 1e30  # mean squares between which float32 holds sums of pro
 WORKSPACE = 2**29  # bytes of planes at a time
 FEW = 256  # below, what two planes leave out (2**-18 of a product) does not average out, and three cost little
 HALF = (torch.float16, torch.bfloat16)
+# A variance below this share of the mean square is known too badly from float32 sums: their errors, some 2**-24 of the
+# mean square, would be a hundredth of it in the worst case. The ratio is then above 64, or the unit dead.
+DOUBTFUL = 2.0**-12
 
 
 class TritonCovariance(TorchCovariance):
@@ -58,50 +71,112 @@ class TritonCovariance(TorchCovariance):
     # ---- updates ----
 
     def update(self, features: list[Tensor], dim: int) -> None:
-        """Add one batch, checked by the caller; reads back two flags to choose between raw and shifted products."""
+        """Add one batch, checked by the caller; reads back a ratio to choose between raw and shifted products."""
         self._require_usable()
         if self.dtype == torch.float64:
             super().update(features, dim)
             self.raw = False
             return
         sources = _sources(features, dim)
-        half = features[0].dtype in HALF and len({x.dtype for x in features}) == 1
         if self.raw:
-            sums, squares, bad = self._moments(sources)
-            ratio = self._raw_ratio(sums, squares, sources[0].samples) if half else torch.inf
-            if ratio <= RAW_RATIO:
-                self._add_raw(features, sources, bad, dim, lengthening(ratio))
-                self.vectors[2:] += torch.stack((sums, squares))
-                self.count += sources[0].samples
+            half = features[0].dtype in HALF and len({x.dtype for x in features}) == 1
+            if half and self._update_raw(features, sources, dim):
                 return
-            self._leave_raw(sums, squares, sources[0].samples)
+            if not half:
+                self._leave_raw(self._moments(sources), sources[0].samples)
         wide = any(x.dtype not in HALF for x in features)
         planes = 3 if wide or sources[0].samples < FEW else 2
         self._add_planes(sources, planes, torch.bfloat16)
         self.count += sources[0].samples
         self._recentre()
 
-    def _moments(self, sources: list[Source]) -> tuple[Tensor, Tensor, bool]:
-        """Sums and sums of squares of a batch about 0, (units,), and whether an entry is not finite."""
-        zero = torch.zeros(self.width, device=self.device)
-        found = [split(source, zero, zero + 1.0) for source in sources]
-        sums, squares, bad = torch.cat(found, dim=1)
-        return sums, squares, bool(bad.any())
+    def _update_raw(self, features: list[Tensor], sources: list[Source], dim: int) -> bool:
+        """Add a 16-bit batch as it is where the rule allows that; else nothing is added, and the sums get a shift."""
+        samples, dtype = sources[0].samples, features[0].dtype
+        operands, near = self._placed(features, dim), None
+        ratio = math.nan
+        if operands is not None:
+            near = self._near(operands)
+            moments = near.moments
+            ratio = self._raw_ratio(moments, samples, DOUBTFUL)
+        elif self._held(sources, 1) >= samples:
+            # It has to be copied and is small enough to be held: its moments come with the copy.
+            ((operands, moments),) = self._split_pieces(sources, 1, dtype)
+            ratio = self._raw_ratio(moments, samples)
+        if math.isnan(ratio):
+            moments = self._moments(sources)
+            ratio = self._raw_ratio(moments, samples)
+            if bool(moments[2].any()):
+                operands = None
+        if ratio > RAW_RATIO:
+            self._leave_raw(moments, samples)
+            return False
+        if operands is None:
+            self._add_planes(sources, 1, dtype, lengthening(ratio), keep_moments=False)
+        else:
+            with self._writing():
+                self._multiply(operands, lengthening(ratio), near)
+        self.vectors[2:] += moments[:2]
+        self.count += samples
+        return True
 
-    def _raw_ratio(self, sums: Tensor, squares: Tensor, samples: int) -> float:
-        """The largest |mean| / deviation of a living unit, over all samples so far and these; infinity out of range."""
+    def _moments(self, sources: list[Source]) -> Tensor:
+        """Sums of a batch, its squares about 0, and how many entries are not finite: (3, units), by a pass of its
+        own."""
+        zero = torch.zeros(self.width, device=self.device)
+        return torch.cat([split(source, zero, zero + 1.0) for source in sources], dim=1)
+
+    def _placed(self, features: list[Tensor], dim: int) -> list[Operand] | None:
+        """Operands that read the inputs where they lie, alike for all models; None where one has to be copied."""
+        found = [_in_place(x, dim) for x in features]
+        operands = [operand for operand in found if operand is not None]
+        alike = len({(operand.images, operand.samples) for operand in operands}) == 1
+        if len(operands) < len(features) or not alike:
+            return None
+        cuts = (self.config, self.near_config)
+        return operands if all(readable(x, config) for x in operands for config in cuts) else None
+
+    @property
+    def near_config(self) -> ProductConfig:
+        """How products near the diagonal are cut."""
+        return product_config("diagonal", capability(self.device))
+
+    def _near(self, operands: list[Operand]) -> _Near:
+        """The products near the diagonal of every block that has one, and the moments of all units."""
+        config = self.near_config
+        band = math.lcm(config.rows, self.config.rows, self.config.columns)
+        products, moments = {}, []
+        for m in range(int(self.cross), self.models):
+            both = self.cross and m == 1
+            left = operands[0] if self.cross else operands[m]
+            products[m], found = diagonal_products(left, operands[m], config, band, not self.cross, both)
+            if both:
+                moments.append(found[2:])
+            moments.append(found[:2])
+        return _Near(products, torch.cat(moments, dim=1), band)
+
+    def _raw_ratio(self, moments: Tensor, samples: int, doubtful: float = 0.0) -> float:
+        """The largest |mean| / deviation of a living unit, over all samples so far and these; infinity out of range.
+
+        doubtful: NaN where float32 sums cannot tell: one is not finite or out of range, or a variance is at most this
+        share of its mean square.
+        """
         count = self.count + samples
-        mean, square = (self.vectors[2] + sums) / count, (self.vectors[3] + squares) / count
+        mean, square = (self.vectors[2:] + moments[:2]) / count
         variance = square - mean.square()
         dead = variance <= DEAD**2 * square
         in_range = (square == 0.0) | ((square >= TINY) & (square <= HUGE))
         ratio = torch.where(dead, 0.0, mean.abs() / variance.clamp(min=0.0).sqrt())
-        return float(torch.where(in_range, ratio, torch.inf).max())
+        ratio = torch.where(in_range, ratio, torch.inf)
+        if doubtful:
+            known = moments[0].isfinite() & in_range & ((variance > doubtful * square) | (square == 0.0))
+            ratio = torch.where(known, ratio, torch.nan)
+        return float(ratio.max())  # NaN if there is one
 
-    def _leave_raw(self, sums: Tensor, squares: Tensor, samples: int) -> None:
+    def _leave_raw(self, moments: Tensor, samples: int) -> None:
         """Shift by the means so far, and scale by powers of two near the deviations, from now on."""
         count = self.count + samples
-        mean, square = (self.vectors[2] + sums) / count, (self.vectors[3] + squares) / count
+        mean, square = (self.vectors[2:] + moments[:2]) / count
         deviation = (square - mean.square()).clamp_(min=0.0).sqrt()
         _, exponent = torch.frexp(deviation)
         scale = torch.where(deviation > 0.0, torch.ldexp(torch.ones_like(deviation), -exponent), 1.0)
@@ -109,26 +184,18 @@ class TritonCovariance(TorchCovariance):
         self.rebase(mean.float().double(), scale)
         self.raw = False
 
-    def _add_raw(self, features: list[Tensor], sources: list[Source], bad: bool, dim: int, lengthen: int = 1) -> None:
-        """Multiply 16-bit inputs as they are: in place where bulk loads can read them, else through one clean plane."""
-        operands = [_in_place(x, dim) for x in features]
-        placed = [operand for operand in operands if operand is not None]
-        shapes = {(operand.images, operand.samples) for operand in placed}
-        in_place = len(placed) == len(features) and len(shapes) == 1
-        if bad or not in_place or not all(readable(operand, self.config) for operand in placed):
-            self._add_planes(sources, 1, features[0].dtype, lengthen, keep_moments=False)
-            return
-        with self._writing():
-            self._multiply(placed, lengthen)
-
-    def _add_planes(
-        self, sources: list[Source], planes: int, dtype: torch.dtype, lengthen: int = 2, keep_moments: bool = True
-    ) -> None:
-        """Split a batch piece by piece, and multiply each; the shift is within a deviation of the mean: chunks of twice
-        the length."""
+    def _held(self, sources: list[Source], planes: int) -> int:
+        """Samples of which planes fit the workspace: a multiple of the steps' depth, and at least a chunk."""
         pitch = -(-self.width // 8) * 8  # rows of 16 bytes
         depth = self.config.depth
-        most = max(self.config.chunk, WORKSPACE // (2 * planes * pitch * self.models) // depth * depth)
+        return max(self.config.chunk, WORKSPACE // (2 * planes * pitch * len(sources)) // depth * depth)
+
+    def _split_pieces(
+        self, sources: list[Source], planes: int, dtype: torch.dtype
+    ) -> Iterator[tuple[list[Operand], Tensor]]:
+        """Split a batch piece by piece: operands in planes, valid until the next piece, and moments (3, units)."""
+        depth, pitch = self.config.depth, -(-self.width // 8) * 8
+        most = self._held(sources, planes)
         pieces = list(zip(*(source.slabs(most) for source in sources), strict=True))
         rows = max(piece[0].samples for piece in pieces)
         rows = -(-rows // depth) * depth
@@ -136,30 +203,44 @@ class TritonCovariance(TorchCovariance):
         store = allocate(shape, dtype, self.device, "Covariance.update: planes of a batch", "give smaller batches")
         shifts = self.vectors[0].float().reshape(self.models, self.width)
         scales = self.vectors[1].float().reshape(self.models, self.width)
-        totals = torch.zeros(2, self.models * self.width, dtype=torch.float64, device=self.device)
         for piece in pieces:
             samples = piece[0].samples
             padded = -(-samples // depth) * depth
             store[:, :, samples:padded].zero_()
             made = [split(source, shifts[m], scales[m], store[m]) for m, source in enumerate(piece)]
-            totals += torch.cat(made, dim=1)[:2]
             operands = [
                 Operand(store[m].reshape(planes * rows, pitch)[:, : self.width], planes, rows, padded)
                 for m in range(self.models)
             ]
+            yield operands, torch.cat(made, dim=1)
+
+    def _add_planes(
+        self, sources: list[Source], planes: int, dtype: torch.dtype, lengthen: int = 2, keep_moments: bool = True
+    ) -> None:
+        """Split a batch piece by piece, and multiply each; the shift is within a deviation of the mean: chunks of twice
+        the length."""
+        totals = torch.zeros(2, self.models * self.width, dtype=torch.float64, device=self.device)
+        for operands, moments in self._split_pieces(sources, planes, dtype):
+            totals += moments[:2]
             with self._writing():
                 self._multiply(operands, lengthen)
         if keep_moments:
             self.vectors[2:] += totals
 
-    def _multiply(self, operands: list[Operand], lengthen: int) -> None:
-        """Add the products of all pairs of models that are kept."""
+    def _multiply(self, operands: list[Operand], lengthen: int, near: _Near | None = None) -> None:
+        """Add the products of all pairs of models that are kept; those near the diagonal may be there already."""
         d = self.width
         for m in range(1 if self.cross else self.models):
             for other in range(m + int(self.cross), self.models):
                 column = other * d - self._columns.start
                 block = self.gram[m * d : (m + 1) * d, column : column + d]
-                add_product(operands[m], operands[other], block, m == other, self.config, lengthen=lengthen)
+                beyond = 0
+                if near is not None and (m == other or self.cross):
+                    add_squares(near.products[other], block)
+                    beyond = near.band
+                add_product(
+                    operands[m], operands[other], block, m == other, self.config, lengthen=lengthen, beyond=beyond
+                )
 
     # ---- what a failure leaves ----
 
@@ -230,13 +311,23 @@ def add_to(
     sums._columns = slice(width if cross else 0, width * models)
     sums.config = product_config("add", capability(gram.device))
     sources = _sources(features, dim)
-    if planes > 1:
-        sums._add_planes(sources, planes, torch.bfloat16)
+    operands = sums._placed(features, dim) if planes == 1 else None
+    if operands is None:
+        dtype, lengthen = (torch.bfloat16, 2) if planes > 1 else (features[0].dtype, 1)
+        sums._add_planes(sources, planes, dtype, lengthen)
         return
-    zero = torch.zeros(width, device=gram.device)
-    moments = torch.cat([split(source, zero, zero + 1.0) for source in sources], dim=1)
-    sums._add_raw(features, sources, False, dim)
-    vectors[2:] += moments[:2]
+    near = sums._near(operands)
+    sums._multiply(operands, 1, near)
+    vectors[2:] += near.moments
+
+
+@dataclass(frozen=True)
+class _Near:
+    """Products near the diagonal of the blocks (m, m), or (0, m), by m; sums and sums of squares of all units."""
+
+    products: dict[int, Tensor]
+    moments: Tensor
+    band: int
 
 
 class _Writing:

@@ -61,27 +61,32 @@ def tile_order(
     triangle: bool,
     device: torch.device,
     strip: tuple[int, int] | None = None,
+    beyond: int = 0,
 ) -> Tensor:
     """Tiles in the order in which programs take them: (tiles, 2), int32, on the device.
 
     Tiles that run at the same time lie in a square of `group` tile rows, so that both operands' panels stay in the L2
     cache.
-    triangle: only tiles that reach above the diagonal. strip: only rows [first, last), first at a tile's edge.
+    triangle: only tiles that reach above the diagonal. strip: only rows [first, last), first at a tile's edge. beyond:
+    only tiles outside of the squares of this side along the diagonal, a multiple of a tile's sides.
     """
     first, last = strip or (0, rows)
     if first % config.rows:
         raise ValueError(f"strip: expected a first row that is a multiple of {config.rows}, got {first}")
-    return _tile_order(first, last, columns, config.rows, config.columns, config.group, triangle, device)
+    return _tile_order(first, last, columns, config.rows, config.columns, config.group, triangle, device, beyond)
 
 
 @lru_cache(maxsize=64)
 def _tile_order(
-    first: int, last: int, columns: int, tall: int, wide: int, group: int, triangle: bool, device: torch.device
-) -> Tensor:
+    first: int, last: int, columns: int, tall: int, wide: int, group: int, triangle: bool, device: torch.device,
+    beyond: int,
+) -> Tensor:  # fmt: skip
     i = torch.arange(first // tall, -(-last // tall), dtype=torch.int32)
     j = torch.arange(-(-columns // wide), dtype=torch.int32)
     pairs = torch.cartesian_prod(i, j).reshape(-1, 2)
     if triangle:
         pairs = pairs[(pairs[:, 1] + 1) * wide > pairs[:, 0] * tall]
+    if beyond:
+        pairs = pairs[pairs[:, 1] * wide // beyond != pairs[:, 0] * tall // beyond]
     key = (pairs[:, 0].long() // group * len(j) + pairs[:, 1]) * group + pairs[:, 0] % group
     return pairs[key.argsort()].contiguous().to(device)

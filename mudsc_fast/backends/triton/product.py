@@ -27,7 +27,7 @@ PRODUCTS = {1: 1, 2: 3, 3: 6}
 
 
 @triton.jit
-def _load(
+def load_block(
     tensor, row, unit, rows_left, units, pitch, image, DESCRIPTORS: tl.constexpr, CHANNELS: tl.constexpr,
     UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -63,10 +63,10 @@ def _multiply(
         row = (step - image * image_steps) * DEPTH if CHANNELS else step * DEPTH
         left_row = row + ((LEFT >> (2 * pair)) & 3) * plane_rows if PRODUCTS > 1 else row
         right_row = row + ((RIGHT >> (2 * pair)) & 3) * plane_rows if PRODUCTS > 1 else row
-        x = _load(
+        x = load_block(
             left, left_row, i * ROWS, samples - row, left_units, left_pitch, image, DESCRIPTORS, CHANNELS, ROWS, DEPTH
         )
-        y = _load(
+        y = load_block(
             right, right_row, j * COLUMNS, samples - row, right_units, right_pitch, image, DESCRIPTORS, CHANNELS,
             COLUMNS, DEPTH,
         )  # fmt: skip
@@ -111,7 +111,7 @@ def add_kernel(
             else:
                 r = i * ROWS + tl.arange(0, ROWS)
                 rows_at = out + (r - first_row).to(tl.int64) * out_pitch
-                _add_slices(acc, rows_at, r < left_units, j * COLUMNS, right_units, ROWS, COLUMNS, SLICES)
+                add_slices(acc, rows_at, r < left_units, j * COLUMNS, right_units, ROWS, COLUMNS, SLICES)
 
 
 @triton.jit
@@ -121,14 +121,14 @@ def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _add_slices(
+def add_slices(
     x, at, row_in, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr
 ):  # fmt: skip
     """Add a tile to memory, some columns at a time: addresses of all of them at once would not fit the registers."""
     if SLICES > 1:
         a, b = _halves(x, ROWS, COLUMNS)
-        _add_slices(a, at, row_in, column, columns, ROWS, COLUMNS // 2, SLICES // 2)
-        _add_slices(b, at, row_in, column + COLUMNS // 2, columns, ROWS, COLUMNS // 2, SLICES // 2)
+        add_slices(a, at, row_in, column, columns, ROWS, COLUMNS // 2, SLICES // 2)
+        add_slices(b, at, row_in, column + COLUMNS // 2, columns, ROWS, COLUMNS // 2, SLICES // 2)
     else:
         c = column + tl.arange(0, COLUMNS)
         tl.atomic_add(at[:, None] + c[None, :], x, mask=row_in[:, None] & (c < columns)[None, :], sem="relaxed")
@@ -278,6 +278,16 @@ def _common(left: Operand, right: Operand, config: ProductConfig) -> tuple[Any, 
     return left.descriptor(config.rows, config.depth), right.descriptor(config.columns, config.depth), meta
 
 
+def shares(tiles: int, chunks: int, device: torch.device) -> int:
+    """Among how many programs a tile's chunks are shared out, where tiles are too few to go round.
+
+    The order of additions is then left to chance, which ``torch.use_deterministic_algorithms(True)`` forbids.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return 1
+    return max(1, min(programs(device) // tiles, chunks))
+
+
 def lengthening(ratio: float) -> int:
     """How many times a configuration's chunk may be lengthened at this |mean - shift| / deviation.
 
@@ -326,6 +336,7 @@ def add_product(
     rows: tuple[int, int] | None = None,
     lengthen: int = 1,
     repeatable: bool = False,
+    beyond: int = 0,
 ) -> None:
     """Add X^T Y to ``out``.
 
@@ -338,24 +349,23 @@ def add_product(
         rows: the strip of left units that ``out`` has; it starts at a tile's edge.
         lengthen: chunks are as many times ``config.chunk`` samples long (``lengthening``).
         repeatable: never share a tile's chunks out, so that its sums come out the same in any strip.
+        beyond: only tiles outside of the squares of this side along the diagonal (``diagonal``).
     """
     x, y, meta = _common(left, right, config)
     first, last = rows or (0, left.units)
     reduce = config.add_descriptors and out.data_ptr() % 16 == 0 and out.stride(0) % 4 == 0
-    tiles = tile_order(left.units, right.units, config, triangle, out.device, (first, last))
+    tiles = tile_order(left.units, right.units, config, triangle, out.device, (first, last), beyond)
+    if not len(tiles):
+        return
     steps = left.steps(config.depth) if steps is None else steps
-    workers = programs(out.device)
     chunk_steps = config.chunk * lengthen // config.depth
-    splits = 1
-    if len(tiles) < workers and not (repeatable or torch.are_deterministic_algorithms_enabled()):
-        # Too few tiles to go round: their chunks are shared out, and the order of additions is left to chance.
-        splits = max(1, min(workers // len(tiles), -(-steps // (chunk_steps * config.held))))
+    splits = 1 if repeatable else shares(len(tiles), -(-steps // (chunk_steps * config.held)), out.device)
     into = out
     if reduce:
         block = [config.rows, config.columns]
         into = TensorDescriptor(out, list(out.shape), list(out.stride()), block)
     with launching("product.add_kernel", out.device):
-        add_kernel[(min(workers, len(tiles) * splits),)](
+        add_kernel[(min(programs(out.device), len(tiles) * splits),)](
             x, y, into, tiles, len(tiles), splits, chunk_steps, steps, left.samples,
             max(1, -(-left.samples // config.depth)),
             left.plane_rows, min(last, left.units), right.units, left.pitch, right.pitch, out.stride(0), first,

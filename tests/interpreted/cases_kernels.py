@@ -122,6 +122,22 @@ def test_a_column_that_float32_cannot_judge_is_judged_by_a_pass_of_its_own(monke
         seen.clear()
 
 
+def test_chunks_near_the_diagonal_are_as_short_as_the_batch_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Guessed from the batch before, and multiplied again where that was too long; the rest follows the batch itself.
+    lengths: list[int] = []
+    one = covariance_sums.diagonal_products
+    monkeypatch.setattr(covariance_sums, "diagonal_products", lambda *args: lengths.append(args[-1]) or one(*args))
+    found, wanted = mf.Covariance(40, 2, "cross", backend="triton"), mf.reference.Covariance(40, 2, "cross")
+    with setup.cut_as(setup.SMALL):
+        for samples, ratio in ((100, 0.0), (100, 0.0), (900, 1.5), (100, 1.5)):
+            batch = [x.bfloat16() for x in setup.features(samples, 40, 2, ratio)]
+            found.update(batch)
+            wanted.update(batch)
+    assert found._sums.raw
+    assert lengths == [1, 4, 4, 1, 1]
+    assert setup.distance(found.correlation(), wanted.correlation()) <= setup.CORRELATION
+
+
 def test_the_op_takes_the_sums_along_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(covariance_sums, "split", _passes_of_their_own)
     for scope in ("full", "cross"):

@@ -44,8 +44,9 @@ TINY, HUGE = 1e-30, 1e30  # mean squares between which float32 holds sums of pro
 WORKSPACE = 2**29  # bytes of planes at a time
 FEW = 256  # below, what two planes leave out (2**-18 of a product) does not average out, and three cost little
 HALF = (torch.float16, torch.bfloat16)
-# A variance below this share of the mean square is known too badly from float32 sums: their errors, some 2**-24 of the
-# mean square, would be a hundredth of it in the worst case. The ratio is then above 64, or the unit dead.
+# A variance below this share of the mean square is known too badly from float32 sums: of 128 squares one after the other
+# and 32 such sums, their errors are 2**-17 of the mean square at worst, and some 2**-24 as a rule. The ratio is then
+# above 60, or the unit dead.
 DOUBTFUL = 2.0**-12
 
 
@@ -61,6 +62,7 @@ class TritonCovariance(TorchCovariance):
         super().__init__(width, models, cross, device)
         self.config = config or product_config("add", capability(device))
         self.raw = True  # every shift is 0 and every scale 1
+        self._lengthen = 1  # what the last raw batch allowed; the next one is likely to allow it, too
         self._unusable = ""
 
     def _zeros(self, shape: tuple[int, int]) -> Tensor:
@@ -96,7 +98,7 @@ class TritonCovariance(TorchCovariance):
         operands, near = self._placed(features, dim), None
         ratio = math.nan
         if operands is not None:
-            near = self._near(operands)
+            near = self._near(operands, self._lengthen)
             moments = near.moments
             ratio = self._raw_ratio(moments, samples, DOUBTFUL)
         elif self._held(sources, 1) >= samples:
@@ -111,11 +113,14 @@ class TritonCovariance(TorchCovariance):
         if ratio > RAW_RATIO:
             self._leave_raw(moments, samples)
             return False
+        before, self._lengthen = self._lengthen, lengthening(ratio)
         if operands is None:
-            self._add_planes(sources, 1, dtype, lengthening(ratio), keep_moments=False)
+            self._add_planes(sources, 1, dtype, self._lengthen, keep_moments=False)
         else:
+            if near is not None and self._lengthen < before:
+                near = self._near(operands, self._lengthen)  # its chunks were too long for this batch
             with self._writing():
-                self._multiply(operands, lengthening(ratio), near)
+                self._multiply(operands, self._lengthen, near)
         self.vectors[2:] += moments[:2]
         self.count += samples
         return True
@@ -141,7 +146,7 @@ class TritonCovariance(TorchCovariance):
         """How products near the diagonal are cut."""
         return product_config("diagonal", capability(self.device))
 
-    def _near(self, operands: list[Operand]) -> _Near:
+    def _near(self, operands: list[Operand], lengthen: int) -> _Near:
         """The products near the diagonal of every block that has one, and the moments of all units."""
         config = self.near_config
         band = math.lcm(config.rows, self.config.rows, self.config.columns)
@@ -149,7 +154,7 @@ class TritonCovariance(TorchCovariance):
         for m in range(int(self.cross), self.models):
             both = self.cross and m == 1
             left = operands[0] if self.cross else operands[m]
-            products[m], found = diagonal_products(left, operands[m], config, band, not self.cross, both)
+            products[m], found = diagonal_products(left, operands[m], config, band, not self.cross, both, lengthen)
             if both:
                 moments.append(found[2:])
             moments.append(found[:2])
@@ -316,7 +321,7 @@ def add_to(
         dtype, lengthen = (torch.bfloat16, 2) if planes > 1 else (features[0].dtype, 1)
         sums._add_planes(sources, planes, dtype, lengthen)
         return
-    near = sums._near(operands)
+    near = sums._near(operands, 1)
     sums._multiply(operands, 1, near)
     vectors[2:] += near.moments
 

@@ -82,7 +82,13 @@ def diagonal_kernel(
 
 
 def diagonal_products(
-    left: Operand, right: Operand, config: ProductConfig, band: int, triangle: bool, both: bool
+    left: Operand,
+    right: Operand,
+    config: ProductConfig,
+    band: int,
+    triangle: bool,
+    both: bool,
+    lengthen: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The squares of X^T Y along its diagonal, and the sums of its operands' columns.
 
@@ -92,6 +98,7 @@ def diagonal_products(
         band: side of the squares, a multiple of a tile's.
         triangle: only tiles that reach above the diagonal; the others are 0.
         both: count the left operand's columns as well.
+        lengthen: as in ``product.add_product``.
 
     Returns:
         (units, band), float32: entry (i, c) belongs to row i and column i // band * band + c, columns past the last
@@ -105,7 +112,7 @@ def diagonal_products(
     use = config.descriptors and left.aligned and right.aligned
     x, y = (one.descriptor(side, config.depth) if use else one.tensor for one in (left, right))
     tiles = _tiles_near(units, side, band, triangle, device)
-    steps, chunk_steps = left.steps(config.depth), config.chunk // config.depth
+    steps, chunk_steps = left.steps(config.depth), config.chunk * lengthen // config.depth
     chunks = -(-steps // chunk_steps)
     splits = shares(len(tiles), chunks, device)
     what, instead = "Covariance.update: products near the diagonal", "give smaller batches"

@@ -44,9 +44,9 @@ TINY, HUGE = 1e-30, 1e30  # mean squares between which float32 holds sums of pro
 WORKSPACE = 2**29  # bytes of planes at a time
 FEW = 256  # below, what two planes leave out (2**-18 of a product) does not average out, and three cost little
 HALF = (torch.float16, torch.bfloat16)
-# A variance below this share of the mean square is known too badly from float32 sums: of 128 squares one after the other
-# and 32 such sums, their errors are 2**-17 of the mean square at worst, and some 2**-24 as a rule. The ratio is then
-# above 60, or the unit dead.
+# A variance below this share of the mean square is known too badly from float32 sums: of 128 squares one after the
+# other, and of 32 such sums, their errors are 2**-17 of the mean square at worst, and some 2**-24 as a rule. The ratio
+# is then above 60, or the unit dead.
 DOUBTFUL = 2.0**-12
 
 

@@ -4,7 +4,7 @@ measured.
 python -m benchmarks.roofline [--records FILE] [--write docs/gpu.md]
 
 FILE holds the records of `python -m benchmarks.proof.triton_code`; those of `cuda_code` are read beside. A floor is the
-larger of operations over the peak and bytes over the bandwidth; occupancy follows the rule of CUDA's cuda_occupancy.h.
+larger of operations over the peak and bytes over the bandwidth, launch by launch; occupancy follows the rule of CUDA's cuda_occupancy.h.
 """
 
 from __future__ import annotations
@@ -39,11 +39,24 @@ class Shape:
     operations: float  # of the tensor cores
     bytes: float  # to and from memory, each operand once
     full: float = 0.0  # operations of a plain product of the same result, for what it is compared with
+    before: tuple[float, float] = (0.0, 0.0)  # operations and bytes of a launch that has to end first
 
 
 def _tiles(n: int, rows: int, columns: int) -> int:
     """Tiles on or above the diagonal of an n x n result."""
     return sum((j + 1) * columns > i * rows for i in range(-(-n // rows)) for j in range(-(-n // columns)))
+
+
+def _near(width: int, samples: int, chunk: int) -> tuple[float, float]:
+    """Operations and bytes of the tiles of 128 x 128 in squares of 256 along the diagonals of two models, with column
+    sums."""
+    side, n = 128, 2 * width
+    number = -(-width // side)
+    tiles = 2 * (number // 2 * 3 + number % 2)
+    once, chunks = 2.0 * n * samples, samples / chunk
+    # A chunk reads and writes its tile, and writes two sums a column, which are read again; the squares are zeroed,
+    # read, and added to the matrix.
+    return 2.0 * side * side * tiles * samples, once + chunks * (8.0 * side * side * tiles + 16.0 * n) + 16.0 * n * 256
 
 
 def shapes() -> Iterator[Shape]:
@@ -55,9 +68,15 @@ def shapes() -> Iterator[Shape]:
         once = 2.0 * tile * samples
         full = 2.0 * n * n * samples
         added = 8.0 * tile * samples / chunk  # each chunk reads and writes its tile
+        # Raw, tiles near the diagonal come first, with the sums that decide; the others do not repeat them.
+        near = _near(width, samples, chunk)
+        rest = 1.0 - 2 * -(-width // rows) * rows * columns / tile
         yield Shape(
-            f"covariance, bf16, 2 x {width}, {samples:,} samples", "product.add_kernel", "bf16", once,
-            2.0 * n * samples + added, full,
+            f"covariance, bf16, 2 x {width}, {samples:,} samples", "product.add_kernel", "bf16", rest * once,
+            2.0 * n * samples + rest * added, full, near,
+        )  # fmt: skip
+        yield Shape(
+            f"of it near the diagonal, with column sums, 2 x {width}", "diagonal.diagonal_kernel", "bf16", *near
         )  # fmt: skip
         if width in (4096, 8192):
             planes = 6.0 * n * samples
@@ -112,7 +131,9 @@ def floor(shape: Shape, chip: str) -> tuple[float, str]:
     """Seconds that no kernel of this kind can beat on a chip, and what bounds it."""
     flops, bandwidth = PEAKS[chip]
     by_operations, by_bytes = shape.operations / flops, shape.bytes / bandwidth
-    return (by_operations, "tensor cores") if by_operations > by_bytes else (by_bytes, "memory")
+    before = max(shape.before[0] / flops, shape.before[1] / bandwidth)
+    bound = "tensor cores" if by_operations > by_bytes else "memory"
+    return before + max(by_operations, by_bytes), bound
 
 
 def occupancy(record: dict[str, Any]) -> int:

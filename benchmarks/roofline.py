@@ -4,7 +4,8 @@ measured.
 python -m benchmarks.roofline [--records FILE] [--write docs/gpu.md]
 
 FILE holds the records of `python -m benchmarks.proof.triton_code`; those of `cuda_code` are read beside. A floor is the
-larger of operations over the peak and bytes over the bandwidth, launch by launch; occupancy follows the rule of CUDA's cuda_occupancy.h.
+larger of operations over the peak and bytes over the bandwidth, launch by launch; occupancy follows the rule of CUDA's
+cuda_occupancy.h.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mudsc_fast.backends.triton.configs import ProductConfig
 from mudsc_fast.backends.triton.launching import allocate, launching, programs
-from mudsc_fast.backends.triton.product import Operand, add_slices, load_block, readable, shares
+from mudsc_fast.backends.triton.product import Operand, _add_slices, _load, readable, shares
 
 
 @triton.jit
@@ -57,10 +57,10 @@ def diagonal_kernel(
             for step in tl.range(first, tl.minimum(steps, first + chunk_steps), num_stages=STAGES):
                 image = step // image_steps if CHANNELS else 0
                 row = (step - image * image_steps) * DEPTH if CHANNELS else step * DEPTH
-                x = load_block(
+                x = _load(
                     left, row, i * SIDE, samples - row, units, left_pitch, image, DESCRIPTORS, CHANNELS, SIDE, DEPTH
                 )
-                y = load_block(
+                y = _load(
                     right, row, j * SIDE, samples - row, units, right_pitch, image, DESCRIPTORS, CHANNELS, SIDE, DEPTH
                 )
                 acc = tl.dot(x.T, y, acc)
@@ -69,7 +69,7 @@ def diagonal_kernel(
                     left_sums, left_squares = _count_in(x, left_sums, left_squares)
             r = i * SIDE + tl.arange(0, SIDE)
             rows_at = out + r.to(tl.int64) * BAND
-            add_slices(acc, rows_at, r < units, j * SIDE - i * SIDE // BAND * BAND, BAND, SIDE, SIDE, SLICES)
+            _add_slices(acc, rows_at, r < units, j * SIDE - i * SIDE // BAND * BAND, BAND, SIDE, SIDE, SLICES)
             # The rows of a tile on the diagonal are its columns.
             counted = (r < units) & (r == j * SIDE + tl.arange(0, SIDE))
             chunk = (first // chunk_steps).to(tl.int64)

@@ -27,7 +27,7 @@ PRODUCTS = {1: 1, 2: 3, 3: 6}
 
 
 @triton.jit
-def load_block(
+def _load(
     tensor, row, unit, rows_left, units, pitch, image, DESCRIPTORS: tl.constexpr, CHANNELS: tl.constexpr,
     UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -63,10 +63,10 @@ def _multiply(
         row = (step - image * image_steps) * DEPTH if CHANNELS else step * DEPTH
         left_row = row + ((LEFT >> (2 * pair)) & 3) * plane_rows if PRODUCTS > 1 else row
         right_row = row + ((RIGHT >> (2 * pair)) & 3) * plane_rows if PRODUCTS > 1 else row
-        x = load_block(
+        x = _load(
             left, left_row, i * ROWS, samples - row, left_units, left_pitch, image, DESCRIPTORS, CHANNELS, ROWS, DEPTH
         )
-        y = load_block(
+        y = _load(
             right, right_row, j * COLUMNS, samples - row, right_units, right_pitch, image, DESCRIPTORS, CHANNELS,
             COLUMNS, DEPTH,
         )  # fmt: skip
@@ -111,7 +111,7 @@ def add_kernel(
             else:
                 r = i * ROWS + tl.arange(0, ROWS)
                 rows_at = out + (r - first_row).to(tl.int64) * out_pitch
-                add_slices(acc, rows_at, r < left_units, j * COLUMNS, right_units, ROWS, COLUMNS, SLICES)
+                _add_slices(acc, rows_at, r < left_units, j * COLUMNS, right_units, ROWS, COLUMNS, SLICES)
 
 
 @triton.jit
@@ -121,14 +121,14 @@ def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def add_slices(
+def _add_slices(
     x, at, row_in, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr
 ):  # fmt: skip
     """Add a tile to memory, some columns at a time: addresses of all of them at once would not fit the registers."""
     if SLICES > 1:
         a, b = _halves(x, ROWS, COLUMNS)
-        add_slices(a, at, row_in, column, columns, ROWS, COLUMNS // 2, SLICES // 2)
-        add_slices(b, at, row_in, column + COLUMNS // 2, columns, ROWS, COLUMNS // 2, SLICES // 2)
+        _add_slices(a, at, row_in, column, columns, ROWS, COLUMNS // 2, SLICES // 2)
+        _add_slices(b, at, row_in, column + COLUMNS // 2, columns, ROWS, COLUMNS // 2, SLICES // 2)
     else:
         c = column + tl.arange(0, COLUMNS)
         tl.atomic_add(at[:, None] + c[None, :], x, mask=row_in[:, None] & (c < columns)[None, :], sem="relaxed")

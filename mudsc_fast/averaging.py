@@ -354,6 +354,8 @@ def _out_scale(maps: Sequence[AxisMap], shares: Sequence[float], ndim: int) -> T
     None where it is 1 everywhere. An entry whose members all have share 0 gets 0: no in axis reads it.
     """
     outs = [axis for axis in maps if axis.role == "out"]
+    if not outs:
+        return None
     members = torch.zeros((), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     for m, share in enumerate(shares):

@@ -58,6 +58,7 @@ def match(
     journal: PathLike | None = None,
     group: Any = None,
     split_hubs: bool = False,
+    whole_blocks: bool = False,
 ) -> MergePlan:
     """Find the labels of every space: which units of the models belong together.
 
@@ -91,6 +92,10 @@ def match(
     split_hubs: spaces that most others read (a residual stream) can hardly be matched beside them; True has all
         processes add up a share of such a space's tensors. Sums in another order round differently, so that labels are
         those of one process only where no two matches are equally good within float32.
+
+    whole_blocks: select only: True takes heads of attention and groups of a norm whole from one model, since what they
+        attend to and normalise is no sum over their units; False, and where the width changes, chooses unit by unit
+        inside each pair of blocks.
 
     Returns a MergePlan whose history holds L of every sweep run. Sweeps that cannot change anything are not run, so the
     history may be shorter than the plain algorithm's, which only repeats its last L. A space that was never matched (no
@@ -129,6 +134,7 @@ def match(
     if where is None and activations:
         where = getattr(activations, "device", None) or next(iter(activations.values())).mean.device
     matcher = Matcher(spec, models, method, weights, activations or {}, balance, widths, attenuation, budget, where)
+    matcher.whole_blocks = whole_blocks
     if max_memory is not None:
         layout = {} if weights is None else {n: TensorShape(*weights.info(0, n)) for n in weights.in_spec}
         share = balance if activations else 1.0  # without statistics, weights alone are compared
@@ -141,6 +147,7 @@ def match(
     if journal is not None:
         asked = {"method": method, "balance": balance, "widths": widths, "attenuation": attenuation, "budget": budget}
         limits = {"seed": seed, "max_sweeps": max_sweeps, "patience": patience, "models": models}
+        limits |= {"whole_blocks": whole_blocks} if method == "select" else {}
         ways = {} if matcher.work is None else {step.spaces[0]: step.way for step in matcher.work.steps}
         given = {"spec": digest(spec.to_json()), "activations": sorted(activations or ()), "start": start is not None}
         record = Journal(journal, {**asked, **limits, **given}, ways)

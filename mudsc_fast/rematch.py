@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mudsc_fast.assignment import assign, assign_blocks, match_block_rows
+from mudsc_fast.assignment import Assignment, assign, assign_blocks, match_block_rows
 from mudsc_fast.axes import columns, rows, split_blocks
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import World
 from mudsc_fast.moments import joint_covariance
 from mudsc_fast.network import Network
-from mudsc_fast.selection import select_units
+from mudsc_fast.selection import select_blocks, select_units
 from mudsc_fast.similarity import Term, dual_similarity
 from mudsc_fast.streaming import UnitTiles, streamed_similarity
 from mudsc_fast.tiled_assignment import UNPROVEN, assign_tiled
@@ -25,7 +25,7 @@ from mudsc_fast.tiles import SimilarityTiles, Tiles
 from mudsc_fast.weights import Weights
 from mudsc_fast.wide_statistics import BlendedTiles, StatisticsTiles, sums_of
 from mudsc_fast.workplan import WorkPlan
-from mudsc_fast.zipping import zip_units
+from mudsc_fast.zipping import unions_of, zip_units
 
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Space
@@ -56,6 +56,7 @@ class Matcher:
     work: how each space is compared; None: all its tensors at once. duals: of each space's last assignment.
     together: spaces whose tensors are added up by all processes of `world`, which then visit them at the same time.
     network: makes a visit in one call where it can; None: every visit the plain way.
+    whole_blocks: a selection takes blocks from one model each, where the width stays.
     """
 
     spec: PermutationSpec
@@ -73,6 +74,7 @@ class Matcher:
     together: frozenset[str] = frozenset()
     world: World | None = None
     network: Network | None = None
+    whole_blocks: bool = False
 
     def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
         """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
@@ -249,6 +251,42 @@ class Matcher:
         found = select_units(covariance, self.models, width, self._reads(space), space.blocks, pairing)
         return Match(found.labels, float(found.value), found.leaders)
 
+    def _selected_blocks(self, tie: Sequence[Space], found: Sequence[Assignment]) -> list[Match]:
+        """Every block of a tie from one model: the same one in all its spaces."""
+        blocks, covariances, unions = tie[0].blocks, [], []
+        for space, part in zip(tie, found, strict=True):
+            matrix = joint_covariance(self.activations[space.name])[1].cpu()
+            reads = self._reads(space)
+            covariances.append(matrix if reads is None else matrix * torch.outer(reads, reads))
+            pairing = None if part.block_indices is None else part.block_indices.cpu()
+            if pairing is not None:
+                pairing = torch.cat([torch.arange(blocks)[None], pairing])
+            unions.append(unions_of(matrix, space.width, self.models, blocks, pairing))
+        chosen, values = select_blocks(covariances, self.models, unions)
+        matches = []
+        for space, part, union, value in zip(tie, found, unions, values, strict=True):
+            own = union.reshape(blocks, self.models, -1)
+            if self._aligned(space):
+                labels = _labels_of(part.indices)
+                order = labels.argsort(1).reshape(self.models, blocks, -1)
+                leaders = (order + torch.arange(self.models)[:, None, None] * space.width)[chosen, range(blocks)]
+            else:
+                leaders = own[range(blocks), chosen]
+                labels = self._nearest(space, union, leaders)
+            matches.append(Match(labels, value, leaders.reshape(-1)))
+        return matches
+
+    def _nearest(self, space: Space, unions: Tensor, leaders: Tensor) -> Tensor:
+        """(models, width): every unit with the leader of its union that it correlates with most."""
+        matrix = joint_covariance(self.activations[space.name])[1].cpu()
+        deviation = matrix.diagonal().clamp(min=0).sqrt()
+        alike = matrix / torch.outer(deviation, deviation).clamp(min=1e-300)
+        labels = torch.empty(self.models * space.width, dtype=torch.int64)
+        for k, (own, mine) in enumerate(zip(unions, leaders, strict=True)):
+            labels[own] = alike[own][:, mine].argmax(1) + k * len(mine)
+            labels[mine] = torch.arange(len(mine)) + k * len(mine)
+        return labels.reshape(self.models, -1)
+
     def _reads(self, space: Space) -> Tensor | None:
         """(models * width,): the norm of all the weights that consume each unit."""
         if self.weights is None:
@@ -269,6 +307,8 @@ class Matcher:
             for space, similarity in zip(tie, similarities, strict=True)
         ]
         found = assign_blocks(cross, tie[0].blocks, [space.within for space in tie])
+        if self.method == "select" and self.whole_blocks and all(self.widths[s.name] == s.width for s in tie):
+            return self._selected_blocks(tie, found)
         matches = []
         for space, similarity, part in zip(tie, similarities, found, strict=True):
             blocks = part.block_indices

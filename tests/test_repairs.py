@@ -21,6 +21,7 @@ from mudsc_fast.repairs.lockstep import Layer, walk_layers
 from mudsc_fast.repairs.samples import as_weight, patches
 from mudsc_fast.repairs.targets import last_target
 from mudsc_fast.repairs.walking import Call
+from mudsc_fast.selection import select_blocks
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: MLP(30, (24, 20), 6),
@@ -253,6 +254,45 @@ def test_a_plan_with_leaders_is_saved_and_loaded(tmp_path: Any) -> None:
         assert torch.equal(again.leaders[space], leaders)
     with pytest.raises(ValueError, match="leaders of space"):
         mf.MergePlan(spec, plan.labels, "select", leaders={"residual": plan.leaders["residual"].flip(0)})
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["vit", "resnet, groups", "llama"])
+def test_blocks_are_selected_whole(name: str, count: int) -> None:
+    models, spec, batches = _pair(name, count)
+    stats = mf.calibrate(models, batches, spec)
+    states = [m.state_dict() for m in models]
+    plan, single = (
+        mf.match(states, spec, stats, "select", whole_blocks=whole, progress=False) for whole in (True, False)
+    )
+    ties: dict[str, Tensor] = {}
+    blocked = [space for space in spec.spaces if space.blocks > 1 and space.name in stats]
+    assert blocked
+    for space in blocked:
+        models_of = (plan.leaders[space.name] // space.width).reshape(space.blocks, -1)
+        assert torch.equal(models_of, models_of[:, :1].expand_as(models_of)), "a block of several models"
+        places = (plan.leaders[space.name] % space.width).reshape(space.blocks, -1)
+        size = places.shape[1]
+        assert torch.equal(places // size, (places[:, :1] // size).expand_as(places)), "units of several blocks"
+        if space.tie is not None:
+            assert torch.equal(ties.setdefault(space.tie, models_of[:, 0]), models_of[:, 0])
+        assert 0 < plan.values[space.name] <= 1
+        assert len(set(models_of[:, 0].tolist())) > 1 or space.blocks < 4
+    mixed = [(single.leaders[s.name] // s.width).reshape(s.blocks, -1) for s in blocked if s.name in single.leaders]
+    assert any(not torch.equal(m, m[:, :1].expand_as(m)) for m in mixed)
+
+
+def test_the_block_that_explains_more_is_taken() -> None:
+    # Two unions of two blocks of two units; model 1's first block is model 0's twice as strong, its second is noise.
+    base = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    units = torch.cat([base, 2 * base[:, :2], 0.1 * base[:, 2:]], 1)
+    unions = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]])
+    chosen, values = select_blocks([torch.cov(units.T)], 2, [unions])
+    assert values[0] == pytest.approx(1.0, abs=1e-6)  # copies explain each other wholly
+    lonely = torch.cat([base, torch.randn(400, 4, generator=torch.Generator().manual_seed(1)).double() * 3], 1)
+    chosen, values = select_blocks([torch.cov(lonely.T)], 2, [unions])
+    assert chosen.tolist() == [1, 1]
+    assert 0.8 < values[0] < 1
 
 
 @pytest.mark.parametrize("models", [1, 2, 3])

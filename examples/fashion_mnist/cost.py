@@ -1,4 +1,4 @@
-"""python -m fashion_mnist cost: processor seconds of a refit, and of a balance search beside one match."""
+"""python -m fashion_mnist cost: seconds of a refit, and of a balance search beside one match."""
 
 from __future__ import annotations
 
@@ -18,14 +18,34 @@ from fashion_mnist.methods import Pair
 from fashion_mnist.parents import NETWORKS
 
 
-def seconds(work: Callable[[], object], times: int) -> float:
-    """Processor seconds, all threads together: the least of some runs."""
-    found = []
+def seconds(work: Callable[[], object], times: int) -> dict[str, float]:
+    """The least of some runs: seconds by the clock, and processor seconds of all threads together."""
+    clock, processor = [], []
     for _ in range(times):
-        begin = time.process_time()
+        begin, used = time.perf_counter(), time.process_time()
         work()
-        found.append(time.process_time() - begin)
-    return min(found)
+        clock.append(time.perf_counter() - begin)
+        processor.append(time.process_time() - used)
+    return {"clock": min(clock), "processor": min(processor)}
+
+
+def costs(pair: Pair, times: int) -> dict[str, dict[str, float]]:
+    """{step: its seconds}; a search is of the default five balances, its candidates merged but not evaluated."""
+    plan = pair.plan("zip", 0.5)
+    nothing: dict[str, Tensor] = {}
+
+    def search(finish: Callable[[mf.MergePlan], dict[str, Tensor]] | None) -> object:
+        states, few = pair.states, pair.stats
+        return mf.search_balance(states, pair.spec, few, lambda _: 0.0, finish=finish, progress=False)
+
+    short = max(times, 5)
+    return {
+        "refit": seconds(lambda: pair.refitted(plan, "unit"), times),
+        "match": seconds(lambda: pair.plan("zip", 0.5), short),
+        "merge": seconds(lambda: plan.merge(pair.states), short),
+        "search": seconds(lambda: search(None), short),
+        "search, matches alone": seconds(lambda: search(lambda _: nothing), short),
+    }
 
 
 @click.command("cost")
@@ -34,35 +54,14 @@ def seconds(work: Callable[[], object], times: int) -> float:
 @click.option("--network", "networks", multiple=True, type=click.Choice(list(NETWORKS)), help="Default: all.")
 @click.option("--images", default=1024, show_default=True)
 @click.option("--times", default=1, show_default=True, help="The least of this many runs counts.")
-def main(data: Path, cache: Path, networks: tuple[str, ...], images: int, times: int) -> None:
-    """Time the steps on seed 0's parents, on as many threads as torch is given."""
+@click.option("--threads", default=2, show_default=True)
+def main(data: Path, cache: Path, networks: tuple[str, ...], images: int, times: int, threads: int) -> None:
+    """Time the steps on seed 0's parents."""
     fashion, path = load(data), cache / "cost.json"
     found = json.loads(path.read_text()) if path.exists() else {}
+    torch.set_num_threads(threads)
     for network in networks or tuple(NETWORKS):
         pair, _ = study_pair(network, "halves", 0, False, fashion, cache, images)
-        plan = pair.plan("zip", 0.5)
-
-        def refit(pair: Pair = pair, plan: mf.MergePlan = plan) -> None:
-            pair.refitted(plan, "unit")
-
-        def match(pair: Pair = pair) -> None:
-            pair.plan("zip", 0.5)
-
-        def merge(pair: Pair = pair, plan: mf.MergePlan = plan) -> None:
-            plan.merge(pair.states)
-
-        def search(pair: Pair = pair) -> None:
-            # The matches alone: merging and judging five networks costs what it costs without a search.
-            states, nothing = pair.states, dict[str, Tensor]()
-            mf.search_balance(states, pair.spec, pair.stats, lambda _: 0.0, finish=lambda _: nothing, progress=False)
-
-        found[network] = {
-            "refit": seconds(refit, times),
-            "match": seconds(match, max(times, 3)),
-            "merge": seconds(merge, max(times, 3)),
-            "search": seconds(search, max(times, 3)),
-            "threads": torch.get_num_threads(),
-            "images": images,
-        }
+        found[network] = {**costs(pair, times), "threads": threads, "images": images}
         click.echo(f"{network}: {found[network]}")
         path.write_text(json.dumps(found, indent=1))

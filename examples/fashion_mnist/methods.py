@@ -86,6 +86,11 @@ class Pair:
         return self.plan("select", 0.0)
 
     @cached_property
+    def blocks(self) -> MergePlan:
+        """A selection that takes heads and groups of a norm whole; the same as `selected` where there are none."""
+        return mf.match(self.states, self.spec, self.stats, "select", balance=0.0, whole_blocks=True, progress=False)
+
+    @cached_property
     def random_halves(self) -> MergePlan:
         """A selection by noise: a random half of each parent's units, whatever they do."""
         generator = torch.Generator().manual_seed(0)
@@ -157,12 +162,15 @@ REPAIRED: dict[str, Callable[[Pair], nn.Module]] = {
     "selection": lambda p: p.plain(p.selected),
     "selection + decoder": lambda p: p.reset(p.decoded(p.selected)),
     "selection + decoder + rescaling": lambda p: p.repaired(p.decoded(p.selected), p.selected),
+    "whole blocks + decoder + rescaling": lambda p: p.repaired(p.decoded(p.blocks), p.blocks),
 }
 REFITTED: dict[str, Callable[[Pair], nn.Module]] = {
     "zip + refit, mean": lambda p: p.refitted(p.searched("zip"), "mean"),
     "zip + refit, unit": lambda p: p.refitted(p.searched("zip"), "unit"),
     "zip + refit, heads": lambda p: p.refitted(p.searched("zip"), "heads"),
     "selection + refit, heads": lambda p: p.refitted(p.selected, "heads"),
+    "whole blocks + refit, heads": lambda p: p.refitted(p.blocks, "heads"),
+    "whole blocks + refit, unit": lambda p: p.refitted(p.blocks, "unit"),
     "best, without heads": lambda p: p.best(False),
     "best, heads known": lambda p: p.best(True),
 }

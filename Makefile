@@ -66,13 +66,14 @@ minilm: $(PACKAGE) $(STAMPS)/with-minilm
 	$(PY) examples/sentence_embeddings.py $(ARGS)
 
 # Goes on where it was stopped. ARGS='--data FOLDER' where Debian's dataset-fashion-mnist is not installed.
-quality: $(PACKAGE) $(STAMPS)/with-demo
+quality: $(PACKAGE) $(STAMPS)/with-demo $(STAMPS)/with-hf
 	PYTHONPATH=examples $(PY) -m fashion_mnist train $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist evaluate $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist cost $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist landscape $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist table
 	PYTHONPATH=examples $(PY) -m fashion_mnist plots
+	PYTHONPATH=examples $(PY) examples/small_llamas.py
 
 quality-quick: $(PACKAGE) $(STAMPS)/with-demo
 	$(PY) examples/digits_quality.py --out out/quality/digits.json $(ARGS)

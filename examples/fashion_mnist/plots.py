@@ -34,9 +34,12 @@ def draw_methods(split: dict[str, Any], stem: Path) -> list[Path]:
     import matplotlib.figure
 
     networks = [n for n in NETWORKS if n in split]
-    figure = matplotlib.figure.Figure(figsize=(2.6 + 2.1 * len(networks), 6.6), layout="constrained")
+    drawn = [method for method in DRAWN if any(values(split[n], method, "mean") for n in networks)]
+    rows = {method: -k for k, method in enumerate(drawn)}
+    figure = matplotlib.figure.Figure(
+        figsize=(2.6 + 2.1 * len(networks), 1.5 + 0.22 * len(drawn)), layout="constrained"
+    )
     panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
-    rows = {method: -k for k, method in enumerate(DRAWN)}
     for network, panel in zip(networks, panels, strict=True):
         for method, y in rows.items():
             found = values(split[network], method, "mean")

@@ -100,17 +100,18 @@ def select_blocks(covariances: Sequence[Tensor], models: int, unions: Sequence[T
     """
     left = [matrix / matrix.diagonal().sum().clamp(min=1e-300) for matrix in covariances]
     weight = torch.stack([m.diagonal()[u].sum(1) for m, u in zip(left, unions, strict=True)]).sum(0)
+    floors = [1e-12 * float(matrix.diagonal().max()) + 1e-300 for matrix in left]
     chosen = torch.zeros(len(weight), dtype=torch.int64)
     for k in weight.argsort(descending=True, stable=True).tolist():
         gains, made = [], []
         for m in range(models):
             parts = []
-            for matrix, union in zip(left, unions, strict=True):
+            for matrix, union, floor in zip(left, unions, floors, strict=True):
                 own = union[k].reshape(models, -1)[m]
-                level = matrix.diagonal()[own].mean().clamp(min=1e-12 * float(matrix.diagonal().max()) + 1e-300)
-                ridge = 1e-9 * level * torch.eye(len(own), dtype=matrix.dtype)
-                factor = torch.linalg.cholesky(matrix[own][:, own] + ridge)
-                parts.append(torch.linalg.solve_triangular(factor, matrix[own], upper=False))
+                # Of units that the blocks before explain, rounding is left, which may be negative.
+                values, vectors = torch.linalg.eigh(matrix[own][:, own])
+                ridge = (1e-9 * matrix.diagonal()[own].mean()).clamp(min=floor)
+                parts.append((vectors / (values.clamp(min=0) + ridge).sqrt()).T @ matrix[own])
             gains.append(sum(float(part.square().sum()) for part in parts))
             made.append(parts)
         best = max(range(models), key=gains.__getitem__)

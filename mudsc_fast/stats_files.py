@@ -126,12 +126,16 @@ def calibrate_to_file(
 
     Spaces whose statistics do not fit together beside the models are recorded in groups, one pass over the batches
     each; of a space whose own statistics do not fit, scope "cross" records as many rows in a pass as fit. `batches` is
-    read once a pass. Other arguments as in ``calibrate``; of several processes the one with the least memory left says
-    what goes together, each pass is shared among them, and the first one writes.
+    read once a pass and gives the same samples each time, in any order. Other arguments as in ``calibrate``; of several
+    processes the one with the least memory left says what goes together, each pass is shared among them, and the first
+    one writes.
 
-    Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if that does not fit.
+    Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if that does not fit, and
+    for batches that give other numbers of samples in each pass; IsADirectoryError for a folder.
     """
     models = list(models)
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path: expected a file, found the folder {path}")
     world = world_of(group)
     room = max_memory - resident_bytes() - MARGIN
     if world is not None:
@@ -199,7 +203,7 @@ def _in_bands(
         "0.vectors": TensorInfo((4, len(models) * width), torch.float64),
     }
     plan = bands(width, height)
-    vectors = torch.zeros(0)
+    vectors, samples = torch.zeros(0), 0
     with ExitStack() as stack:
         opened: list[CheckpointWriter] = []
         for k, (first, skip) in enumerate(plan):
@@ -209,11 +213,17 @@ def _in_bands(
 
             band = record(models, batches, heard, make, device, progress, world)[space.name]
             if k == 0:
-                vectors = band.vectors()
+                vectors, samples = band.vectors(), band.plain["count"]
+            elif band.plain["count"] != samples:
+                raise ValueError(
+                    f"batches: expected the same samples in every pass, got {samples} in the first one and "
+                    f"{band.plain['count']} in a later one"
+                )
             else:
                 # Other passes may put their shifts elsewhere by rounding; the products have to be about the same ones.
                 band.rebase(vectors)
-                vectors[:, 0, first : first + height] = band.vectors()[:, 0, first : first + height]
+                fresh = slice(first + skip, first + height)
+                vectors[:, 0, fresh] = band.vectors()[:, 0, fresh]
 
             def write(
                 band: Band = band, skip: int = skip, last: bool = k == len(plan) - 1, seen: Tensor = vectors
@@ -285,7 +295,11 @@ def join_stats(parts: Sequence[PathLike], path: PathLike, order: Sequence[str]) 
             for start in range(0, shape[0], step):
                 rows = file._file.get_rows(stored, slice(start, min(start + step, shape[0])))
                 writer.write_rows(name, start, rows)
-    os.replace(made, target)
+    try:
+        os.replace(made, target)
+    except OSError:
+        made.unlink(missing_ok=True)
+        raise
 
 
 def groups_of(spec: PermutationSpec, models: int, scope: str, room: int) -> list[list[str]]:

@@ -470,3 +470,30 @@ def test_a_damaged_finished_shard_is_written_again(tmp_path: Path) -> None:
     shard = next((keep / "output").glob("*-00001-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert again().own == set(tensors)
+    # A run that makes it anew and is killed: what was noted before is gone.
+    interrupted(again(), {})
+    assert shard.stat().st_size == again().shards[0].nbytes
+    assert again().own == set(tensors)
+    interrupted(again(), {"t1": tensors["t1"]})
+    assert again().own == {"t0", "t2", "t3"}
+
+
+def test_tensors_whose_sync_failed_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sync of a file may succeed although the first one lost what it should have written."""
+    tensors, keep, failures, sync = {"a": torch.randn(10, 4)}, tmp_path / "work", [1], os.fsync
+    keep.mkdir()
+
+    def again() -> CheckpointWriter:
+        return CheckpointWriter(tmp_path / "kept", layout_of(tensors), keep=keep)
+
+    def failing_once(descriptor: int) -> None:
+        if failures:
+            failures.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", failing_once)
+    with pytest.raises(OSError, match="cannot write the checkpoint"), again() as writer:
+        writer.write("a", tensors["a"])
+    assert not failures
+    assert again().own == {"a"}

@@ -295,6 +295,19 @@ def test_the_block_that_explains_more_is_taken() -> None:
     assert 0.8 < values[0] < 1
 
 
+@pytest.mark.parametrize("samples", [3, 5, 8])
+def test_blocks_are_taken_from_fewer_samples_than_units(samples: int) -> None:
+    """What is left of blocks that are explained is rounding, which is no covariance."""
+    units = torch.randn(samples, 32, generator=torch.Generator().manual_seed(samples), dtype=torch.float64)
+    unions = torch.arange(32).reshape(2, 4, 4).transpose(0, 1).reshape(4, 8)
+    covariance = units.T @ units / samples
+    chosen, values = select_blocks([covariance], 2, [unions])
+    taken = torch.stack([unions[k].reshape(2, 4)[m] for k, m in enumerate(chosen)]).flatten()
+    read = units[:, taken] @ torch.linalg.lstsq(units[:, taken], units, driver="gelsd").solution
+    assert values[0] == pytest.approx(1 - float((units - read).square().sum() / units.square().sum()), abs=1e-6)
+    assert select_blocks([torch.zeros(32, 32).double()], 2, [unions])[0].tolist() == [0] * 4
+
+
 @pytest.mark.parametrize("models", [1, 2, 3])
 def test_selection_takes_the_units_that_explain_most(models: int) -> None:
     generator = torch.Generator().manual_seed(models)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,38 @@ def test_statistics_and_similarity_that_do_not_fit(tmp_path: Path, monkeypatch: 
     assert torch.equal(found.labels["hidden"], expected.labels["hidden"])
     assert found.values["hidden"] == pytest.approx(expected.values["hidden"], abs=1e-6)
     assert len(calls) >= 3  # the visit that was finished is not made again
+
+
+def test_passes_see_the_samples_in_any_order_but_the_same_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rows overlap those before, which another first batch puts about another shift."""
+    width, nets = 100, []
+    torch.manual_seed(0)
+    for _ in range(2):
+        nets.append(Sequential(Linear(24, width), ReLU(), Linear(width, 8)))
+    axes = (mf.Axis("0.weight", 0, "out"), mf.Axis("0.bias", 0, "out"), mf.Axis("2.weight", 1, "in"))
+    spec = mf.PermutationSpec((mf.Space("hidden", width, axes, (mf.Tap("2", "input", 1),)),))
+    batches = [torch.randn(40, 24) + 3 * k for k in range(5)]
+
+    class Loader:
+        def __init__(self, *passes: list[int]) -> None:
+            self.passes = iter(passes)
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter([batches[k] for k in next(self.passes)])
+
+    monkeypatch.setattr(stats_files, "rows_that_fit", lambda *_: 40)
+    shuffled = Loader([0, 1, 2, 3, 4], [1, 3, 0, 4, 2], [4, 2, 1, 0, 3])
+    assert calibrate_to_file(nets, shuffled, spec, tmp_path / "stats", 100 * GB, "cross") == (1, 3)
+    expected = mf.calibrate(nets, batches, spec, scope="cross")["hidden"].correlation()
+    torch.testing.assert_close(StatsFile(tmp_path / "stats")["hidden"].correlation(), expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="batches: expected the same samples in every pass, got 200"):
+        calibrate_to_file(nets, Loader([0, 1, 2, 3, 4], [0, 1, 2, 3]), spec, tmp_path / "few", 100 * GB, "cross")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder"):
+        calibrate_to_file(nets, batches, spec, tmp_path / "folder", 100 * GB, "cross")
+    with pytest.raises(OSError):
+        stats_files.join_stats([tmp_path / "stats"], tmp_path / "folder", ["hidden"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "stats"]
 
 
 def test_a_small_limit_takes_the_rows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

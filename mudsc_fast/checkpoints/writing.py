@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import finished
 from .companions import copy_companions
 from .layout import TensorInfo, encode_index, parse_size, plan_shards
 from .reading import TORCH_SUFFIXES, Checkpoint
@@ -30,9 +30,7 @@ INDEX_NAME = "model.safetensors.index.json"
 # One write call stays short enough for Ctrl-C to be noticed between two of them.
 _CHUNK = 64 * 2**20
 
-# In `keep`: the names of the tensors that are safe on the disk, one JSON string a line.
-_DONE = "tensors-done.jsonl"
-# They are made safe when a shard is full, and in a large one whenever as many bytes have been written.
+# With `keep`, tensors are made safe when a shard is full, and in a large one whenever as many bytes have been written.
 _SAFE_EVERY = 2**28
 
 # A folder that holds anything else is not replaced: it may be somebody's work, not an earlier output.
@@ -150,8 +148,7 @@ class CheckpointWriter:
         """Tensors that stand finished in `keep`."""
         if self._keep is None:
             return set()
-        lines = [line for path in self._keep.glob(f"{_DONE}*") for line in path.read_bytes().split(b"\n")]
-        done = {name for line in lines for name in _names(line)}
+        done = finished.noted(self._keep)
         places = {i: self._place(i) for i in range(len(self.shards))}
         whole = {i for i, p in places.items() if p.is_file() and p.stat().st_size == self.shards[i].nbytes}
         return {name for name, i in self._shard_of.items() if i in whole and name in done}
@@ -182,6 +179,8 @@ class CheckpointWriter:
         self._check_space()
         if not self.is_file:
             self._temporary.mkdir(exist_ok=self._keep is not None)
+        if self._keep is not None:
+            finished.forget_all_but(self._done, self._keep)
         return self._temporary
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -239,14 +238,10 @@ class CheckpointWriter:
 
     def _mark(self, index: int, keep: Path) -> None:
         """Note which tensors of a shard are finished, once they are safe on the disk."""
+        # Taken first: after a sync that failed, a second one may succeed although data are lost.
+        names = self._unsafe.pop(index)
         os.fsync(self._files[index].fileno())
-        # A list for each process: network file systems do not append for two of them at once.
-        own = _DONE if self._world is None else f"{_DONE}.{self._world.rank}"
-        with open(keep / own, "ab") as done:
-            # A line that a kill cut off would swallow the next one.
-            done.write(b"".join(b"\n" + json.dumps(name).encode() for name in self._unsafe.pop(index)) + b"\n")
-            done.flush()
-            os.fsync(done.fileno())
+        finished.note(names, keep, None if self._world is None else self._world.rank)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -294,7 +289,7 @@ class CheckpointWriter:
     def _publish(self) -> None:
         if not self.is_file:
             self._write_extras()
-            _sync_folder(self._temporary)
+            finished.sync_folder(self._temporary)
         _put_in_place(self._temporary, self.path)
 
     def _write_extras(self) -> None:
@@ -386,15 +381,6 @@ def cast_layout(layout: Mapping[str, TensorInfo], dtype: torch.dtype | None) -> 
     }
 
 
-def _names(line: bytes) -> list[str]:
-    """The name on a line, if the line is whole."""
-    try:
-        name = json.loads(line)
-    except ValueError:
-        return []
-    return [name] if isinstance(name, str) else []
-
-
 def _height(info: TensorInfo) -> int:
     """Rows of a tensor, by which it is written; 1 for scalars, so that nothing counts as written from the start."""
     return max(info.shape[0], 1) if info.shape else 1
@@ -434,18 +420,4 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Some network file systems refuse to open or sync a folder; the files in it are synced already.
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        return
-    finally:
-        os.close(descriptor)
+    finished.sync_folder(path.parent)

@@ -127,6 +127,25 @@ def test_a_single_file_goes_on_tensor_by_tensor(pair: Path, stopped: str, monkey
     assert (pair / "out.safetensors").read_bytes() == (pair / "whole.safetensors").read_bytes()
 
 
+def test_two_runs_do_not_work_in_one_folder(
+    pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, "write", 3)
+    assert main([*MERGE, "--resume"]) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(pair)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(pair / ".out.resume" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert main([*MERGE, "--resume"]) != 0
+        assert "another process works in" in capsys.readouterr().err
+        other.communicate(b"\n")
+    assert main([*MERGE, "--resume"]) == 0
+    assert not (pair / ".out.resume").exists()
+
+
 @pytest.mark.parametrize("changed", ["input", "option", "spec of a stopped run"])
 def test_what_changed_between_a_run_and_its_resume_is_named(
     pair: Path, changed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +54,8 @@ class Resumption:
     """The folder in which a run with --resume keeps what is finished; nothing without --resume.
 
     output: of the run. about: all that decides the result, as plain values; ValueError, naming what differs, if the
-    folder holds the work of another run. world: the processes that run together; the first one compares and decides.
+    folder holds the work of another run, and while another process works in it. world: the processes that run together;
+    the first one compares and decides.
     """
 
     def __init__(self, wanted: bool, output: Path, about: Mapping[str, Any], world: World | None = None) -> None:
@@ -60,11 +63,17 @@ class Resumption:
         folder = place.parent / f".{place.name}.resume"
         self.folder = folder if wanted else None
         self._rank = None if world is None else world.rank
+        self._lock: FileIO | None = None
         if not wanted:
             if folder.is_dir():
                 options.settings().say(f"note: {folder} holds an unfinished run; --resume goes on from it")
             return
-        begin = partial(_begin, folder, about)
+
+        def begin() -> bool:
+            going_on = _begin(folder, about)
+            self._lock = _alone_in(folder)
+            return going_on
+
         going_on = begin() if world is None else world.first(begin)
         options.settings().kept = folder
         if going_on:
@@ -82,6 +91,8 @@ class Resumption:
         options.settings().kept = None
         if self.folder is not None and not self._rank:
             shutil.rmtree(self.folder)
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _begin(folder: Path, about: Mapping[str, Any]) -> bool:
@@ -92,6 +103,18 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> bool:
     folder.mkdir(exist_ok=True)
     check_same(folder / "run.json", about, "--resume")
     return going_on
+
+
+def _alone_in(folder: Path) -> FileIO:
+    """A file that no other process can have while this one has it open: two would write over each other's work."""
+    lock = FileIO(str(folder / "lock"), "ab")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.close()
+            raise ValueError(f"--resume: another process works in {folder}; wait until it ends, or end it") from error
+    return lock  # some network file systems know no locks
 
 
 def files_of(paths: Iterable[Path | None]) -> list[list[Any]]:

@@ -13,6 +13,7 @@ from mudsc_fast.backends.cpu_covariance import CpuCovariance
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCOPES = ("full", "cross")
+_MOST_DIMS = 12  # of a tensor that is read as it is
 
 
 class Accumulators(Protocol):
@@ -90,7 +91,8 @@ class Covariance:
             ValueError: another number of tensors, a wrong width or device, no samples, sample counts that differ.
         """
         sums = self._sums
-        if type(sums) is CpuCovariance and type(dim) is int and sums.update_plain(features, dim):
+        one_step = type(dim) is int and abs(dim) <= _MOST_DIMS
+        if one_step and type(sums) is CpuCovariance and sums.update_plain(features, dim):
             return
         if isinstance(features, Tensor) or not isinstance(features, Sequence):
             raise TypeError(f"features: expected a sequence of one tensor a model, got {type(features).__name__}")
@@ -103,7 +105,7 @@ class Covariance:
         if counts[0] == 0:
             raise ValueError(f"features: expected at least one sample, got shape {tuple(checked[0].shape)}")
         axes = {dim % x.dim() for x in checked}
-        if len(axes) > 1 or any(x.dim() > 12 for x in checked):
+        if len(axes) > 1 or any(x.dim() > _MOST_DIMS for x in checked):
             checked = [x.movedim(dim, -1).reshape(-1, self.width) for x in checked]
             axes = {1}
         if any(x.dtype == torch.float64 for x in checked):

@@ -199,6 +199,30 @@ def test_usual_batches_are_checked_in_one_step(dtype: torch.dtype) -> None:
         before = quick.count
         assert not quick._sums.update_plain(refused, dim), dim
         assert quick.count == before
+    for wrong in (2**40, -(2**70), 3):
+        with pytest.raises(ValueError, match="dim"):
+            quick.update([x, y], wrong)
+
+
+def every_dtype() -> list[torch.dtype]:
+    found = [getattr(torch, name) for name in dir(torch)]
+    return sorted({x for x in found if isinstance(x, torch.dtype)}, key=str)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_quick_ways_leave_types_alone_that_dlpack_may_not_know() -> None:
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for dtype in every_dtype():
+        try:
+            x = torch.empty(4, 4, dtype=dtype)
+        except RuntimeError:  # no tensor has it
+            continue
+        assert (_core.describe([x, x], 2) is not None) == (dtype in floats), dtype
+        covariance = mf.Covariance(4)
+        assert covariance._sums.update_plain([x, x], -1) == (dtype in floats and dtype != torch.float64), dtype
+        if not x.is_floating_point():
+            with pytest.raises(TypeError, match=r"features\[0\]"):
+                covariance.update([x, x])
 
 
 def test_types_may_change_between_batches(isa: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from mudsc_fast import _core
 
 # Interrupts itself three times, each a little later in a call. What passes until the exception is told in seconds of
 # this process's CPU, of which one thread gets as many as pass on a clock unless other programs keep the machine busy.
@@ -64,3 +68,30 @@ def test_ctrl_c_ends_a_long_kernel(kind: str) -> None:
     assert interrupted == "3"
     assert unchanged == "True"
     assert float(longest) < 0.2
+
+
+def test_ctrl_c_beside_a_union_that_falls_short() -> None:
+    # The first union has no allowed pair and is done at once; the signal comes while the second is still merged.
+    n = 3000
+    s = torch.rand(n, n, generator=torch.Generator().manual_seed(0))
+    s += s.T.clone()
+    model_of = torch.tensor([0, 1], dtype=torch.int32)[:, None].repeat(1, n)
+    units, owner = torch.arange(n).repeat(2, 1), torch.empty(2, n, dtype=torch.int64)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted, done = 0, False
+    try:
+        for delay in range(1, 40):
+            budget = torch.tensor([0, n])
+            signal.setitimer(signal.ITIMER_REAL, delay * 0.02)
+            try:
+                assert _core.zip_unions(s, units, model_of, n - 10, 0.999, budget, n, owner, 2) == [(0.0, 0)]
+                done = True
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            if done:
+                break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 0

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -31,6 +32,11 @@ class Torch {
     static bool is_strided(const py::handle& tensor) {
         return checked(PyObject_GetAttr(tensor.ptr(), names().layout)).ptr() == names().strided;
     }
+    // float64, float32, float16 or bfloat16: what comes through DLPack from every torch.
+    static bool is_float(const py::handle& tensor) {
+        const py::object dtype = checked(PyObject_GetAttr(tensor.ptr(), names().dtype));
+        return std::find(std::begin(names().floats), std::end(names().floats), dtype.ptr()) != std::end(names().floats);
+    }
     static bool is_neg(const py::handle& tensor) {
         return checked(PyObject_CallMethodObjArgs(tensor.ptr(), names().is_neg, nullptr)).ptr() == Py_True;
     }
@@ -50,6 +56,11 @@ class Torch {
         PyObject* parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
         PyObject* to_dlpack = py::object(py::module_::import("torch.utils.dlpack").attr("to_dlpack")).release().ptr();
         PyObject* strided = py::object(py::module_::import("torch").attr("strided")).release().ptr();
+        PyObject* floats[4] = {py::object(py::module_::import("torch").attr("float64")).release().ptr(),
+                               py::object(py::module_::import("torch").attr("float32")).release().ptr(),
+                               py::object(py::module_::import("torch").attr("float16")).release().ptr(),
+                               py::object(py::module_::import("torch").attr("bfloat16")).release().ptr()};
+        PyObject* dtype = PyUnicode_InternFromString("dtype");
         PyObject* layout = PyUnicode_InternFromString("layout");
         PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
         PyObject* is_neg = PyUnicode_InternFromString("is_neg");

@@ -62,20 +62,20 @@ class CovarianceBuffers {
     bool update_plain(const py::object& features, int dim, int threads) {
         if (!PyList_CheckExact(features.ptr()) && !PyTuple_CheckExact(features.ptr())) return false;
         const auto models = static_cast<size_t>(state_.models);
-        if (static_cast<size_t>(PySequence_Fast_GET_SIZE(features.ptr())) != models) return false;
+        const py::tuple batch(features);  // a list may change while torch is asked
+        if (batch.size() != models) return false;
         std::vector<TensorArg> tensors;
         tensors.reserve(models);
         int axis = 0;
         for (size_t m = 0; m < models; ++m) {
-            const py::handle x = PySequence_Fast_GET_ITEM(features.ptr(), static_cast<Py_ssize_t>(m));
+            const py::handle x = PyTuple_GET_ITEM(batch.ptr(), static_cast<Py_ssize_t>(m));
             if (!Torch::is_tensor(x) || !Torch::is_cpu(x) || !Torch::is_strided(x) || Torch::is_neg(x)) return false;
+            if (!Torch::is_float(x)) return false;
             const int64_t ndim = Torch::dim(x), at = dim < 0 ? dim + ndim : dim;
             if (ndim > kMaxDims || at < 0 || at >= ndim || (m > 0 && at != axis)) return false;
             axis = static_cast<int>(at);
             const TensorArg& view = tensors.emplace_back(x, "features");
-            const bool half = view->dtype == Dtype::bf16 || view->dtype == Dtype::f16;
-            if (!half && view->dtype != Dtype::f32 && (view->dtype != Dtype::f64 || state_.dtype != Dtype::f64))
-                return false;
+            if (view->dtype == Dtype::f64 && state_.dtype != Dtype::f64) return false;
             const int64_t entries = view->numel();
             if (view->shape[axis] != state_.width || entries == 0 || entries != tensors[0]->numel()) return false;
         }

@@ -217,11 +217,8 @@ py::object describe(const py::list& tensors, size_t alike) {
         if (Torch::is_parameter(tensor)) tensor = tensor.attr("detach")();
         if (!Torch::is_tensor(tensor) || !Torch::is_cpu(tensor) || !Torch::is_strided(tensor) || Torch::is_neg(tensor))
             return py::none();
-        if (Torch::dim(tensor) > kMaxDims) return py::none();
+        if (!Torch::is_float(tensor) || Torch::dim(tensor) > kMaxDims) return py::none();
         const TensorArg view(tensor, "tensors");
-        if (view->dtype != Dtype::f64 && view->dtype != Dtype::f32 && view->dtype != Dtype::f16 &&
-            view->dtype != Dtype::bf16)
-            return py::none();
         const size_t first = kinds.size();
         const auto note = [&](int64_t number) { kinds.append(reinterpret_cast<const char*>(&number), sizeof number); };
         note(static_cast<int64_t>(view->dtype));

@@ -82,6 +82,7 @@ Status zip_unions(const KernelTable& table, ZipUnions& all) {
         const bool together = all.each.threads > 1 && all.count - first > 1;
         if (together) {
             round.run();
+            if (round.stopped) return Status::interrupted;  // even if no union that counts saw it: an exception is set
         } else {
             round.zip(0, all.each.threads, all.each.poll);
         }

@@ -189,7 +189,8 @@ def plot(folder: Path, results: Sequence[Result]) -> list[Path]:
             continue
         columns = min(3, len(drawn))
         lines = -(-len(drawn) // columns)
-        figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False)
+        size = (4.6 * columns, 3.6 * lines)
+        figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
         for ax, ((case, threads), rows) in zip(axes.flat, drawn.items(), strict=False):
             for name in dict.fromkeys(n for r in rows for n in r.seconds):
                 points = sorted((r.size, r.seconds[name]) for r in rows if name in r.seconds)
@@ -203,7 +204,6 @@ def plot(folder: Path, results: Sequence[Result]) -> list[Path]:
         for ax in axes.flat[len(drawn) :]:
             ax.set_visible(False)
         figure.suptitle(op)
-        figure.tight_layout()
         path = folder / f"{op}.png"
         figure.savefig(path, dpi=130)
         pyplot.close(figure)

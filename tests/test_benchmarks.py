@@ -120,10 +120,10 @@ def test_a_run_that_waited_for_fresh_memory_is_not_what_counts(monkeypatch: pyte
 
     def ours() -> float:
         time.sleep(waits.pop() if waits else 0.1)
-        return float(torch.ones(4 << 20).sum())
+        return float(torch.ones(16 << 20).sum())  # 64 MiB: no heap keeps that much
 
     def made() -> Row:
-        return Row("op", "case", 1, lambda: [Contender(OURS, ours)], lambda _, value: abs(value - (4 << 20)), 0.0)
+        return Row("op", "case", 1, lambda: [Contender(OURS, ours)], lambda _, value: abs(value - (16 << 20)), 0.0)
 
     assert run_row(made()).seconds[OURS] >= 0.3  # longer than LONGEST, so the first run stays the only one
     waits.append(0.3)

@@ -136,7 +136,7 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     assert set(shown) == set(small)
     for subcommand in shown:
         run(subcommand, *small[subcommand])
-    assert json.loads((cache / "cost.json").read_text())["mlp"]["refit"] > 0
+    assert json.loads((cache / "cost.json").read_text())["mlp"]["refit"]["clock"] > 0
 
 
 def test_the_better_body_is_the_control() -> None:

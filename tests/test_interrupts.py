@@ -33,6 +33,12 @@ elif kind == "assign":
 elif kind == "uniform":
     s = torch.rand(6000, 6000, generator=g)
     call = lambda: mf.assign(s)
+elif kind == "shared batch":
+    torch.set_num_threads(2)  # the second of two long problems, while the first thread has none left
+    i = torch.arange(1, 4001, dtype=torch.float32)
+    hard = i[:, None] * i[None, :] + torch.rand(4000, 4000, generator=g)
+    s = torch.stack([torch.eye(4000), hard, torch.eye(4000)])
+    call = lambda: mf.assign(s)
 elif kind == "batch":
     s = torch.rand(40000, 24, 24, generator=g)
     call = lambda: mf.assign(s)
@@ -59,7 +65,7 @@ print(len(waits), max(waits), torch.equal(s, before))
 """
 
 
-@pytest.mark.parametrize("kind", ["zip", "blocks", "assign", "uniform", "batch", "tiled"])
+@pytest.mark.parametrize("kind", ["zip", "blocks", "assign", "uniform", "batch", "shared batch", "tiled"])
 def test_ctrl_c_ends_a_long_kernel(kind: str) -> None:
     command = [sys.executable, "-c", PROGRAM, kind]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

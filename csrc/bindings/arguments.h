@@ -141,7 +141,8 @@ T* vector_of(const TensorArg& t, Dtype dtype, int64_t length, const char* name) 
 class SignalPoll {
   public:
     Poll poll() { return Poll{&SignalPoll::stop, this}; }
-    bool raised() const { return raised_; }
+    // What a call came to: once a signal's handler has raised, that, whatever else another thread found meanwhile.
+    Status outcome(Status status) const { return raised_ ? Status::interrupted : status; }
 
   private:
     static bool stop(void* self_ptr) {

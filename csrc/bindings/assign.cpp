@@ -49,7 +49,8 @@ void assign(const py::object& similarity_obj, const std::optional<py::object>& s
     a.threads = threads;
     SignalPoll signals;
     a.poll = signals.poll();
-    check(without_gil([&](const KernelTable& table) { return table.assign(a); }), "similarity");
+    const Status status = without_gil([&](const KernelTable& table) { return table.assign(a); });
+    check(signals.outcome(status), "similarity");
 }
 
 #ifdef MUDSC_FAST_CUDA_ARCHS
@@ -135,7 +136,8 @@ void assign_tile(const py::object& tile_obj, int64_t first_row, const py::object
     a.threads = threads;
     SignalPoll signals;
     a.poll = signals.poll();
-    check(without_gil([&](const KernelTable& table) { return table.assign_tile(a); }), "tile");
+    const Status status = without_gil([&](const KernelTable& table) { return table.assign_tile(a); });
+    check(signals.outcome(status), "tile");
 }
 
 // Matches what the lists can tell; returns the number of rows without a column. v, column_of and wanted are written.
@@ -165,7 +167,8 @@ int64_t assign_lists(const py::object& ptr_obj, const py::object& columns_obj, c
     a.free_rows = &free_rows;
     SignalPoll signals;
     a.poll = signals.poll();
-    check(without_gil([&](const KernelTable& table) { return table.assign_lists(a); }), "lists");
+    const Status status = without_gil([&](const KernelTable& table) { return table.assign_lists(a); });
+    check(signals.outcome(status), "lists");
     return free_rows;
 }
 

@@ -168,8 +168,8 @@ py::object visit(Network& network, const std::vector<int>& tie, double balance, 
     }
     SignalPoll signals;
     std::vector<NetworkMatch> found;
-    const Status status = without_gil(
-        [&](const KernelTable& table) { return network.visit(table, tie, balance, threads, signals.poll(), found); });
+    const Status status = signals.outcome(without_gil(
+        [&](const KernelTable& table) { return network.visit(table, tie, balance, threads, signals.poll(), found); }));
     if (status == Status::interrupted || status == Status::no_memory) check(status, "match");
     if (status != Status::ok) return py::none();
     py::list result;

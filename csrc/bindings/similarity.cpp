@@ -100,7 +100,7 @@ std::optional<int64_t> similarity(const std::vector<std::vector<TermTuple>>& ter
     a.threads = threads;
     SignalPoll signals;
     a.poll = signals.poll();
-    const Status status = without_gil([&](const KernelTable& table) { return table.similarity(a); });
+    const Status status = signals.outcome(without_gil([&](const KernelTable& table) { return table.similarity(a); }));
     if (status == Status::not_finite) return bad;
     check(status, "similarity");
     return std::nullopt;

@@ -59,7 +59,7 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     a.made = &made;
     SignalPoll signals;
     a.poll = signals.poll();
-    const Status status = without_gil([&](const KernelTable& table) { return table.zip(a); });
+    const Status status = signals.outcome(without_gil([&](const KernelTable& table) { return table.zip(a); }));
     if (status != Status::infeasible) check(status, "zip");
     return {total, made};
 }
@@ -86,7 +86,8 @@ std::vector<std::pair<double, int64_t>> zip_all(const py::object& similarity_obj
     all.block_budget = block_budget;
     SignalPoll signals;
     all.each.poll = signals.poll();
-    const Status status = without_gil([&](const KernelTable& table) { return zip_unions(table, all); });
+    const Status status =
+        signals.outcome(without_gil([&](const KernelTable& table) { return zip_unions(table, all); }));
     if (status != Status::infeasible) check(status, "zip");
     std::vector<std::pair<double, int64_t>> found;
     for (size_t k = 0; k < all.made.size(); ++k) found.emplace_back(all.total[k], all.made[k]);

@@ -55,17 +55,21 @@ class ActivationStats(Mapping[str, Covariance]):
 
     def save(self, path: PathLike) -> None:
         """Write all statistics to one safetensors file, atomically."""
+        write_record(path, KIND, *self.parts())
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save` writes: the tensors, which are not copied, and what stands beside them in the header."""
         tensors: dict[str, Tensor] = {}
         spaces: list[dict[str, Any]] = []
         for k, (name, covariance) in enumerate(self.items()):
             plain = {}
-            for key, value in covariance.state_dict().items():
+            for key, value in covariance.state_dict(copy=False).items():
                 if isinstance(value, Tensor):
                     tensors[f"{k}.{key}"] = value
                 else:
                     plain[key] = value
             spaces.append({"name": name, "plain": plain})
-        write_record(path, KIND, tensors, {"spaces": spaces})
+        return tensors, {"spaces": spaces}
 
     @classmethod
     def load(cls, path: PathLike, device: torch.device | str = "cpu") -> ActivationStats:

@@ -115,6 +115,8 @@ def match(
     wanted(progress)
     if not spec.spaces:
         raise ValueError("spec: expected at least one space, got none")
+    if whole_blocks and method != "select":
+        raise ValueError(f"whole_blocks: expected False unless the method is 'select', got True with {method!r}")
     if method == "select" and not activations:
         raise ValueError("activations: method 'select' chooses units by their activations, but none were given")
     selecting = method == "select" and state_dicts is not None

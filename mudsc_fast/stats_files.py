@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast.calibration import KIND, calibrate, record
+from mudsc_fast.backends.cpu_covariance import DEPTH, PANEL
+from mudsc_fast.calibration import KIND, ActivationStats, calibrate, record
 from mudsc_fast.checkpoints import CheckpointWriter, TensorInfo
 from mudsc_fast.checkpoints.reading import SafetensorsFile
 from mudsc_fast.covariance import Covariance
@@ -29,8 +30,6 @@ from mudsc_fast.workplan import MARGIN, accumulator_bytes, in_words, resident_by
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec, Space
 
-# Units side by side in a covariance's accumulators (kGramPanel), and samples of a unit that wait there (kGramDepth).
-_PANEL, _DEPTH = 48, 512
 # Statistics are copied in pieces of about as many bytes.
 _SLAB = 1 << 26
 
@@ -167,19 +166,11 @@ def calibrate_to_file(
     return sum(map(len, groups)), passes
 
 
-def _save(stats: Mapping[str, Covariance], path: Path) -> None:
-    """What ``ActivationStats.save`` writes, without a copy of the sums."""
-    layout: dict[str, TensorInfo] = {}
-    tensors: dict[str, Tensor] = {}
-    spaces: list[dict[str, Any]] = []
-    for k, (name, covariance) in enumerate(stats.items()):
-        state = covariance.state_dict(copy=False)
-        found = {f"{k}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors.update(found)
-        layout.update({key: TensorInfo(tuple(x.shape), x.dtype) for key, x in found.items()})
-        plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-        spaces.append({"name": name, "plain": plain})
-    header = {KEY: json.dumps({"kind": KIND, "version": 1, "spaces": spaces})}
+def _save(stats: ActivationStats, path: Path) -> None:
+    """What ``ActivationStats.save`` writes, tensor by tensor, so that no copy of all sums is made."""
+    tensors, about = stats.parts()
+    layout = {key: TensorInfo(tuple(x.shape), x.dtype) for key, x in tensors.items()}
+    header = {KEY: json.dumps({"kind": KIND, "version": 1, **about})}
     with CheckpointWriter(path, layout, metadata=header) as writer:
         for key, x in tensors.items():
             writer.write(key, x)
@@ -254,13 +245,13 @@ def rows_that_fit(width: int, models: int, scope: str, room: int) -> int:
     if scope == "full":
         return 0
     # Rows of model 0, with the samples that wait to be multiplied, of all models; a slab of the file beside them.
-    waiting, slab = 4 * _DEPTH * models * (width + _PANEL), 4 * 8 * _PANEL * models * (width + _PANEL)
-    height = (room - waiting - slab) // (8 * (models - 1) * (width + _PANEL))
+    waiting, slab = 4 * DEPTH * models * (width + PANEL), 4 * 8 * PANEL * models * (width + PANEL)
+    height = (room - waiting - slab) // (8 * (models - 1) * (width + PANEL))
     while height > 0:
         pieces = (models - 1) * -(-width // height)
         if accumulator_bytes(height, 1 + pieces, False) + waiting + slab <= room:
             return -(-width // -(-width // height))
-        height -= _PANEL
+        height -= PANEL
     return 0
 
 

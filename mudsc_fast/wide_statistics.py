@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from mudsc_fast.backends.cpu_covariance import unit_positions
+from mudsc_fast.backends.torch_device import DEAD
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.tiles import Tiles
 
 # Products that are read at once.
 PRODUCT_BYTES = 1 << 24
-# The rule for dead units: a deviation of at most 1e-7 of the root mean square.
-_DEAD = 1e-14
 # Above, sums of squares have overflowed: in float32, in float64.
 _LARGEST = (1e38, 1e300)
 
@@ -169,7 +168,7 @@ class StatisticsTiles:
         self._mean = total / sums.count
         variance = squares / sums.count - self._mean.square()
         square = torch.maximum(variance + (shift * scale + self._mean).square(), self._mean.square())
-        self._inverse = torch.where(variance > _DEAD * square, variance.rsqrt(), 0.0)
+        self._inverse = torch.where(variance > DEAD**2 * square, variance.rsqrt(), 0.0)
 
     def tile(self, rows: Tensor) -> Tensor:
         """The rows asked for, (len(rows), width), float32, or float64 if an activation was."""

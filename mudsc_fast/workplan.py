@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from mudsc_fast.backends.cpu_covariance import DEPTH, PANEL
 from mudsc_fast.layout import dims_of
 from mudsc_fast.streaming import rows_apart
 from mudsc_fast.tiled_assignment import CANDIDATES
@@ -39,8 +40,6 @@ _PIECE = 256 * MIB
 _LEAST_PIECE = 8 * MIB
 # The allocator's and the interpreter's own growth during a run.
 MARGIN = 96 * MIB
-# Packed columns of a unit that the kernels hold (kGramDepth), and units side by side (kGramPanel).
-_DEPTH, _PANEL = 512, 48
 
 
 class Info(Protocol):
@@ -117,7 +116,7 @@ class _Sizes:
         self.similarity = (models * n) ** 2 * item if full else (models - 1) * n * n * item
         self.bfloat16 = all(info.dtype == torch.bfloat16 for _, info in compared)
         self.accumulator = accumulator_bytes(n, models, full)
-        self.packed = (-(-n // _PANEL) * models + 1) * _PANEL * _DEPTH * item
+        self.packed = (-(-n // PANEL) * models + 1) * PANEL * DEPTH * item
         tensors = [models * _bytes(info) for _, info in compared]
         columns = [prod(info.shape) // max(n, 1) for _, info in compared]
         self.tensors = sum(tensors)
@@ -149,8 +148,8 @@ class _Sizes:
 
 def accumulator_bytes(width: int, models: int, full: bool) -> int:
     """Bytes of the float64 sums of a Covariance."""
-    rows, others, total = -(-width // _PANEL), -(-width * (models - 1) // _PANEL), -(-width * models // _PANEL)
-    return (total * (total + 1) // 2 if full else rows * others) * _PANEL**2 * 8
+    rows, others, total = -(-width // PANEL), -(-width * (models - 1) // PANEL), -(-width * models // PANEL)
+    return (total * (total + 1) // 2 if full else rows * others) * PANEL**2 * 8
 
 
 def resident_bytes() -> int:
@@ -300,7 +299,7 @@ def _rows(sizes: _Sizes, models: int, room: int, balance: float) -> tuple[int, i
     if balance > 0:  # tensors, and copies of those that are not read in place; a block of columns, also in float32
         fixed += sizes.tensors + sizes.copied + 2 * 512 * 6 * n
     if balance < 1:  # a second tile, products as they are read and in float64, moments
-        fixed += 4 * max(PRODUCT_BYTES, 8 * _PANEL * models * n) + 100 * models * n
+        fixed += 4 * max(PRODUCT_BYTES, 8 * PANEL * models * n) + 100 * models * n
         tiles = 3
     tile = max(_LEAST_PIECE, min(_PIECE, 4 * n * n, (room - fixed) // tiles))
     return tile, fixed + tiles * tile, fixed + tiles * _LEAST_PIECE
@@ -316,7 +315,7 @@ def _by_blocks(sizes: Sequence[_Sizes], models: int, balance: float) -> tuple[in
         if balance > 0:  # tensors and copies of them, a block of columns as it is and in float32
             memory += 2 * s.tensors + 2 * 512 * 6 * n
         if balance < 1:
-            memory += tiles[-1] + 4 * max(PRODUCT_BYTES, 8 * _PANEL * models * n) + 100 * models * n
+            memory += tiles[-1] + 4 * max(PRODUCT_BYTES, 8 * PANEL * models * n) + 100 * models * n
         each.append(memory)
         inside += (models - 1) * 8 * n * blocks
     return max(tiles), max(each) + inside

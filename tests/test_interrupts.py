@@ -34,7 +34,7 @@ elif kind == "uniform":
     s = torch.rand(6000, 6000, generator=g)
     call = lambda: mf.assign(s)
 elif kind == "shared batch":
-    torch.set_num_threads(2)  # the second of two long problems, while the first thread has none left
+    torch.set_num_threads(2)  # a long problem on one of them, while the other has none left
     i = torch.arange(1, 4001, dtype=torch.float32)
     hard = i[:, None] * i[None, :] + torch.rand(4000, 4000, generator=g)
     s = torch.stack([torch.eye(4000), hard, torch.eye(4000)])

@@ -278,6 +278,8 @@ def test_blocks_are_selected_whole(name: str, count: int) -> None:
             assert torch.equal(ties.setdefault(space.tie, models_of[:, 0]), models_of[:, 0])
         assert 0 < plan.values[space.name] <= 1
         assert len(set(models_of[:, 0].tolist())) > 1 or space.blocks < 4
+    with pytest.raises(ValueError, match=r"whole_blocks: expected False unless .* with 'zip'"):
+        mf.match(states, spec, stats, "zip", whole_blocks=True, progress=False)
     mixed = [(single.leaders[s.name] // s.width).reshape(s.blocks, -1) for s in blocked if s.name in single.leaders]
     assert any(not torch.equal(m, m[:, :1].expand_as(m)) for m in mixed)
 

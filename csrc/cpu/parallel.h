@@ -30,5 +30,41 @@ template <typename Fn>
         const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
+// A Poll for several threads: only the calling thread may ask it, the others see what that one heard.
+class SharedPoll {
+  public:
+    explicit SharedPoll(Poll poll) : poll_(poll) {}
+    Poll of(int worker) { return worker == 0 ? Poll{&SharedPoll::ask, this} : Poll{&SharedPoll::heard, this}; }
+    bool stopped() const { return __atomic_load_n(&stopped_, __ATOMIC_RELAXED); }
+
+    static bool ask(void* self_ptr) {
+        auto* self = static_cast<SharedPoll*>(self_ptr);
+        if (!self->stopped() && self->poll_()) __atomic_store_n(&self->stopped_, true, __ATOMIC_RELAXED);
+        return self->stopped();
+    }
+
+  private:
+    static bool heard(void* self) { return static_cast<SharedPoll*>(self)->stopped(); }
+
+    const Poll poll_;
+    bool stopped_ = false;
+};
+
+// The same for tasks that poll: fn(task, worker, poll). The calling thread asks while it waits for the others, too.
+template <typename Fn>
+[[maybe_unused]] void parallel_each(int threads, int64_t n_tasks, SharedPoll& poll, const Fn& fn) {
+    struct Polled {
+        SharedPoll& poll;
+        const Fn& fn;
+    } polled{poll, fn};
+    parallel_for(
+        threads, n_tasks,
+        [](void* ctx, int64_t task, int worker) {
+            auto* it = static_cast<Polled*>(ctx);
+            it->fn(task, worker, it->poll.of(worker));
+        },
+        &polled, [](void* ctx) { SharedPoll::ask(&static_cast<Polled*>(ctx)->poll); });
+}
+
 }  // namespace
 }  // namespace mudsc

@@ -1,12 +1,11 @@
 #include "cpu/unions.h"
 
 #include <algorithm>
-#include <atomic>
 
 namespace mudsc {
 namespace {
 
-// Unions side by side, a thread each. Only the calling thread may ask whether to stop; the others see what it heard.
+// Unions side by side, a thread each.
 struct Round {
     const KernelTable& table;
     ZipUnions& all;
@@ -15,21 +14,21 @@ struct Round {
     std::vector<double> total;
     std::vector<int64_t> made;
     std::vector<Status> status;
-    std::atomic<bool> stopped{false};
+    SharedPoll polls;
 
     Round(const KernelTable& kernel_table, ZipUnions& unions, int64_t from)
-        : table(kernel_table), all(unions), first(from), n(unions.each.n), models(unions.each.models) {
+        : table(kernel_table),
+          all(unions),
+          first(from),
+          n(unions.each.n),
+          models(unions.each.models),
+          polls(unions.each.poll) {
         const auto here = static_cast<size_t>(all.count - first);
         for (size_t k = 0; k < here; ++k) budget.insert(budget.end(), all.budget, all.budget + models);
         left.assign(here * static_cast<size_t>(models), all.block_budget);
         total.assign(here, 0);
         made.assign(here, 0);
         status.assign(here, Status::ok);
-    }
-
-    bool ask() {
-        if (!stopped.load(std::memory_order_relaxed) && all.each.poll()) stopped = true;
-        return stopped.load(std::memory_order_relaxed);
     }
 
     void zip(int64_t k, int threads, Poll poll) {
@@ -47,14 +46,7 @@ struct Round {
     }
 
     void run() {
-        const auto task = [](void* ctx, int64_t k, int worker) {
-            auto* round = static_cast<Round*>(ctx);
-            const Poll asks{[](void* self) { return static_cast<Round*>(self)->ask(); }, ctx};
-            const Poll listens{[](void* self) { return static_cast<Round*>(self)->stopped.load(); }, ctx};
-            round->zip(k, 1, worker == 0 ? asks : listens);
-        };
-        parallel_for(all.each.threads, all.count - first, task, this,
-                     [](void* ctx) { static_cast<Round*>(ctx)->ask(); });
+        parallel_each(all.each.threads, all.count - first, polls, [&](int64_t k, int, Poll poll) { zip(k, 1, poll); });
     }
 
     // What a model may spend in one union.
@@ -82,7 +74,8 @@ Status zip_unions(const KernelTable& table, ZipUnions& all) {
         const bool together = all.each.threads > 1 && all.count - first > 1;
         if (together) {
             round.run();
-            if (round.stopped) return Status::interrupted;  // even if no union that counts saw it: an exception is set
+            if (round.polls.stopped())
+                return Status::interrupted;  // even if no union that counts saw it: an exception is set
         } else {
             round.zip(0, all.each.threads, all.each.poll);
         }

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mudsc_fast import _core
 
-PANEL: int = _core.gram_panel
+PANEL: int = _core.gram_panel  # units side by side in the accumulators
+DEPTH: int = _core.gram_depth  # samples of a unit that wait there to be multiplied
 
 
 def unit_positions(width: int, models: int, cross: bool, panel: int) -> Tensor:
@@ -55,7 +56,7 @@ class CpuCovariance:
     def buffers(self) -> _core.CovarianceBuffers:
         """The accumulators as the kernels see them."""
         if self._buffers is None:
-            self._panels = torch.zeros(self.vectors.shape[1], _core.gram_depth, dtype=self.dtype)
+            self._panels = torch.zeros(self.vectors.shape[1], DEPTH, dtype=self.dtype)
             self._buffers = _core.CovarianceBuffers(
                 self.width,
                 self.models,

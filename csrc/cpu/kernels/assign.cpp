@@ -81,37 +81,6 @@ class Worker {
     Buffer<int64_t> row_of_;
 };
 
-// Several problems, each solved by one thread.
-template <class T>
-struct Batch {
-    const AssignArgs& a;
-    Worker<T>* worker;
-    int* status;  // of the whole; the first that is not ok ends it
-
-    void settle(Status found) const {
-        if (found != Status::ok) __atomic_store_n(status, static_cast<int>(found), __ATOMIC_RELAXED);
-    }
-    bool over() const { return __atomic_load_n(status, __ATOMIC_RELAXED) != static_cast<int>(Status::ok); }
-    // Only the calling thread may ask Python for signals: in its own problems and while it waits for the others'.
-    bool ask() const {
-        if (!over() && a.poll()) settle(Status::interrupted);
-        return over();
-    }
-
-    void run(int workers, int64_t problems) {
-        const auto task = [](void* ctx, int64_t problem, int w) {
-            auto* batch = static_cast<Batch*>(ctx);
-            const Poll asks{[](void* self) { return static_cast<Batch*>(self)->ask(); }, ctx};
-            const Poll listens{[](void* self) { return static_cast<Batch*>(self)->over(); }, ctx};
-            const Poll poll = w == 0 ? asks : listens;
-            if (poll()) return;
-            const Status mine = batch->worker[w].solve(batch->a, problem, poll);
-            if (mine != Status::interrupted) batch->settle(mine);  // one that only listened has nothing to add
-        };
-        parallel_for(workers, problems, task, this, [](void* ctx) { static_cast<Batch*>(ctx)->ask(); });
-    }
-};
-
 template <class T>
 Status run(const AssignArgs& a) {
     const int64_t problems = a.shape[0] * a.shape[1];
@@ -128,8 +97,13 @@ Status run(const AssignArgs& a) {
         if (!worker[w].allocate(a, 1)) status = static_cast<int>(Status::no_memory);
     }
     if (status == static_cast<int>(Status::ok)) {
-        Batch<T> batch{a, worker, &status};
-        batch.run(workers, problems);
+        SharedPoll shared(a.poll);
+        parallel_each(workers, problems, shared, [&](int64_t problem, int w, Poll poll) {
+            if (poll() || __atomic_load_n(&status, __ATOMIC_RELAXED) != static_cast<int>(Status::ok)) return;
+            const Status mine = worker[w].solve(a, problem, poll);
+            if (mine != Status::ok) __atomic_store_n(&status, static_cast<int>(mine), __ATOMIC_RELAXED);
+        });
+        if (shared.stopped()) status = static_cast<int>(Status::interrupted);
     }
     delete[] worker;
     return static_cast<Status>(status);

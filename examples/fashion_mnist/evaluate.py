@@ -17,7 +17,7 @@ from fashion_mnist import heterogeneous_evaluation
 from fashion_mnist.data import DEBIAN, SPLITS, Fashion, class_vectors, load
 from fashion_mnist.methods import METHODS, Pair
 from fashion_mnist.parents import NETWORKS, Parent, features_of, own_accuracy, trained
-from fashion_mnist.train import BASED, CACHE
+from fashion_mnist.train import CACHE
 
 Row = dict[str, float]
 
@@ -107,7 +107,7 @@ def main(
         for network in networks or tuple(NETWORKS)
     ]
     if base:
-        todo += [(n, "halves", s, True) for s in seeds or (0, 1, 2) for n in networks or BASED if n in BASED]
+        todo += [(n, "halves", s, True) for s in seeds or (0, 1, 2) for n in networks or NETWORKS]
     for network, split, seed, based in todo:
         name = f"{network}-{split}{'-base' if based else ''}-{seed}"
         try:

@@ -48,8 +48,17 @@ def merged_networks(models: list[nn.Module], calibration: list[Tensor]) -> dict[
         net = mf.merge_partially(models, matched(balance), spec)
         return [_Output(net, m) for m in range(len(models))]
 
-    def refitted() -> list[nn.Module]:
-        plan = matched(0.5)
+    def random_units() -> MergePlan:
+        """A selection by noise: as many units of every parent, whatever they do."""
+        generator = torch.Generator().manual_seed(0)
+        noise = {space.name: mf.Covariance(space.width, len(models)) for space in shared.spaces}
+        for space in shared.spaces:
+            size = torch.rand(len(models), space.width, generator=generator) + 0.5
+            draws = torch.randn(len(models), 6 * space.width, space.width, generator=generator) * size[:, None]
+            noise[space.name].update(list(draws))
+        return mf.match(None, shared, noise, "select", balance=0.0, progress=False)
+
+    def refitted(plan: MergePlan) -> list[nn.Module]:
         trunk = mf.installed(models[0], {**states[0], **plan.merge(encoders)})
         mf.refit(trunk, models, calibration, plan, part="inner")
         state = {k: v for k, v in trunk.state_dict().items() if k not in HEAD}
@@ -63,12 +72,26 @@ def merged_networks(models: list[nn.Module], calibration: list[Tensor]) -> dict[
             nets.append(net)
         return nets
 
+    def one_body(which: int) -> list[nn.Module]:
+        """One parent's encoder as it is, and every head solved on it for what it gave in its own parent."""
+        plan, nets = matched(0.5), []
+        for model, own in zip(models, states, strict=True):
+            nets.append(mf.installed(model, {**own, **encoders[which]}))
+            mf.refit(nets[-1], [model], calibration, plan, part="last")
+        return nets
+
+    controls = {
+        f"control: body of {task}, heads solved": lambda which=which: one_body(which)  # type: ignore[misc]
+        for which, task in enumerate(TASKS)
+    }
     return {
         "average": averaged,
         "activation zip (ZipIt)": lambda: zipped(0.0),
         "weight zip": lambda: zipped(1.0),
         "MuDSC zip, balance 0.5": lambda: zipped(0.5),
-        "MuDSC zip + refit": refitted,
+        "MuDSC zip + refit": lambda: refitted(matched(0.5)),
+        **controls,
+        "control: random units + refit": lambda: refitted(random_units()),
     }
 
 
@@ -84,10 +107,9 @@ class _Output(nn.Module):
 
 @torch.no_grad()
 def evaluate(seed: int, data: Fashion, folder: Path, images: int, every: int) -> Path:
-    """Measure every method on one seed's four parents; nothing to do if that is done."""
+    """Measure the methods that one seed's file lacks on its four parents."""
     path = folder / "results" / f"mlp-heterogeneous-{seed}.json"
-    if path.exists():
-        return path
+    rows: dict[str, dict[str, float]] = json.loads(path.read_text())["rows"] if path.exists() else {}
     models = [trained(task, seed, folder) for task in TASKS]
     # Half of the images turned, as the rotation task sees them.
     batches = data.calibration(images, seed)
@@ -99,9 +121,11 @@ def evaluate(seed: int, data: Fashion, folder: Path, images: int, every: int) ->
     def row(nets: list[nn.Module]) -> dict[str, float]:
         return {t: score(t, net.eval()(posed[t][0]), posed[t][1]) for t, net in zip(TASKS, nets, strict=True)}
 
-    rows = {"parents": row(models)}
+    if "parents" not in rows:
+        rows["parents"] = row(models)
     for name, make in merged_networks(models, calibration).items():
-        rows[name] = row(make())
+        if name not in rows:
+            rows[name] = row(make())
     for found in rows.values():
         found["share"] = sum(found[t] / rows["parents"][t] for t in TASKS) / len(TASKS)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from fashion_mnist.data import DEBIAN, SPLITS, class_vectors, load
 from fashion_mnist.parents import NETWORKS, Parent, train
 
 CACHE = Path("out/fashion_mnist")
-BASED = ("mlp", "vgg11")  # networks that are also fine-tuned from one base
 
 
 def plan(networks: tuple[str, ...], seeds: int, splits: tuple[str, ...]) -> list[Parent]:
@@ -26,7 +25,6 @@ def plan(networks: tuple[str, ...], seeds: int, splits: tuple[str, ...]) -> list
     based = [
         Parent(network, "halves", seed, half, base=True)
         for network in networks
-        if network in BASED
         for seed in range(seeds)
         for half in (0, 1)
     ]

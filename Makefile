@@ -22,13 +22,14 @@ SETUP    = $(PYTHON) scripts/setup_venv.py --venv $(VENV) --torch "$(TORCH)" --r
 PACKAGE := $(STAMPS)/package-$(WERROR)-$(CUDA)
 MINIMUM_COVERAGE := 90
 
-.PHONY: help build demo minilm test lint mypy bench scale gpu sanitize clean prove quality quality-quick
+.PHONY: help build demo minilm test coverage lint mypy bench scale gpu sanitize clean prove quality quality-quick
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      merge two networks trained on half of the digits each; table and picture in out/demo"
 	@echo "make minilm    merge a real sentence encoder with its shuffled, fine-tuned copy; a few minutes"
 	@echo "make test      build and run all tests (ARGS='tests/test_regroup.py -k bf16' for some of them)"
+	@echo "make coverage  the same tests, and which lines of the package they run; fails below $(MINIMUM_COVERAGE) %"
 	@echo "make quality   the merging study on Fashion-MNIST into docs/quality.md, hours; quality-quick: digits, a minute or two"
 	@echo "make lint      ruff, mypy, clang-format, codespell"
 	@echo "make bench     benchmarks against peers"
@@ -78,9 +79,13 @@ quality: $(PACKAGE) $(STAMPS)/with-demo $(STAMPS)/with-hf
 quality-quick: $(PACKAGE) $(STAMPS)/with-demo
 	$(PY) examples/digits_quality.py --out out/quality/digits.json $(ARGS)
 
-# Coverage is asked for only of the whole suite: a part of it covers a part of the package.
+WHOLE_SUITE = -n $(WORKERS) --dist worksteal --durations 20
 test: $(PACKAGE) $(STAMPS)/with-test
-	$(PY) -m pytest $(if $(ARGS),$(ARGS),-n $(WORKERS) --dist worksteal --cov=mudsc_fast --cov-report=term --cov-fail-under=$(MINIMUM_COVERAGE))
+	$(PY) -m pytest $(if $(ARGS),$(ARGS),$(WHOLE_SUITE))
+
+# A target of its own: watching the lines makes tests of plain Python code take up to two fifths longer.
+coverage: $(PACKAGE) $(STAMPS)/with-test
+	$(PY) -m pytest $(WHOLE_SUITE) --cov=mudsc_fast --cov-report=term --cov-fail-under=$(MINIMUM_COVERAGE)
 
 lint: $(STAMPS)/with-dev
 	$(PY) -m ruff check .

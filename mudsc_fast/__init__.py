@@ -29,6 +29,7 @@ _EXPORTS = {
     "searching": ("BalanceSearch", "search_balance"),
     "agreeing": ("agreement",),
     "installing": ("installed",),
+    "rotations": ("Rotations", "align_rotations"),
     "moments": ("Moments",),
     "selection": ("Selection", "select_units"),
     "partial": ("merge_partially", "shared_spec"),

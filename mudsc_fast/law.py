@@ -42,9 +42,9 @@ def changes(
     model.eval()
     try:
         with torch.no_grad():
-            before = _outputs(model, state, inputs, select)
+            before = outputs(model, state, inputs, select)
             return {
-                name: _change(before, _outputs(model, spec.permute(state, p), inputs, select))
+                name: change(before, outputs(model, spec.permute(state, p), inputs, select))
                 for name, p in (_trials(spec, seed) if each else {"all": spec.random_permutation(seed)}).items()
             }
     finally:
@@ -67,9 +67,10 @@ def _trials(spec: PermutationSpec, seed: int) -> dict[str, dict[str, Tensor]]:
     return trials
 
 
-def _outputs(
+def outputs(
     model: nn.Module, state: dict[str, Tensor], inputs: Any, select: Callable[[Any], Any] | None
 ) -> list[Tensor]:
+    """The floating tensors that a model with this state gives; the model itself is left as it is."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(inputs, Mapping):
@@ -104,13 +105,14 @@ def _floats(output: Any) -> Iterator[Tensor]:
             yield from _floats(value)
 
 
-def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest relative change of outputs; infinity for NaN or another shape."""
     worst = 0.0
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape:
             return float("inf")
         if a.numel():
             scale = a.abs().max().clamp(min=torch.finfo(a.dtype).tiny)
-            change = float((a - b).abs().max() / scale)
-            worst = max(worst, change) if change == change else float("inf")
+            relative = float((a - b).abs().max() / scale)
+            worst = max(worst, relative) if relative == relative else float("inf")
     return worst

@@ -26,13 +26,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments",
         "selection", "tiles", "tiled_assignment",
     ),
-    ("layout", "axes", "law", "spec", "tracing"),
+    ("layout", "axes", "law", "orthogonal", "spec", "tracing"),
     ("specs",),
     (
         "agreeing", "best", "installing", "leading", "partial", "repairs", "searching",
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
         "expert_merging", "experts", "hooks", "journal", "matching", "merging", "network", "plan", "progress",
-        "records", "rematch", "stats_files", "streaming", "weights", "wide_statistics", "workplan",
+        "records", "rematch", "rotations", "streams", "stats_files", "streaming", "weights", "wide_statistics", "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip

@@ -1,0 +1,265 @@
+"""Rotations before an average: maps of residual streams and of heads that keep a model's function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mudsc_fast import law
+from mudsc_fast.arguments import check_count, check_share, check_spec
+from mudsc_fast.batches import check_batches, evaluation
+from mudsc_fast.calibration import calibrate
+from mudsc_fast.installing import install
+from mudsc_fast.layout import factors_at
+from mudsc_fast.moments import joint_covariance
+from mudsc_fast.orthogonal import Map, crossed_weights, nearest, rotate_
+from mudsc_fast.progress import Progress, bar
+from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.streams import find_streams
+if TYPE_CHECKING:
+    from mudsc_fast.covariance import Covariance
+
+PARTS = ("stream", "heads")
+_CHANGE = 1e-3  # relative; what a map that is no symmetry changes is of the size of the outputs
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """state_dicts: the models' own functions in model 0's coordinates, model 0 first, whose norms are folded.
+
+    before, after: {map: how near the models' units are, a blend of cosines, mean over models 1.., before and after}.
+    """
+
+    state_dicts: list[dict[str, Tensor]]
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def align_rotations(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    spec: PermutationSpec,
+    balance: float = 0.5,
+    parts: Sequence[str] = PARTS,
+    max_sweeps: int = 20,
+    device: torch.device | str | None = None,
+    progress: Progress = False,
+) -> Rotations:
+    """Rotate models 1.. where that keeps their function, so that they come nearest to model 0 before an average.
+
+    A stream that is read only through layer norms or RMS norms may be rotated as a whole, once the norms' factors and
+    shifts stand in the layers that read them; values inside a head too, and queries and keys together, or in the planes
+    of a rotary embedding. What a spec cannot tell of that is tried: a map is used if random rotations of its kind leave
+    the outputs on the first batch as they are.
+
+    models: two or more modules of one architecture, their heads already in one order (`MergePlan.align`); they stay as
+        they are. batches: as for `calibrate`; read at once. spec: of the models.
+    balance: share of the weights' cosine in what is made greatest, the rest is that of the activations; 0..1.
+    parts: "stream", "heads" or both. max_sweeps: at most so many visits of each map; each is exact, given the others.
+    device: where to calibrate; None: where the models are.
+
+    Returns Rotations, with the models' dtypes and devices. They may be averaged, or matched further like any models.
+    Raises ValueError or TypeError: unknown parts, nothing that can be rotated, with what stands in the way (norms on the
+    stream itself, batch norms, tied embeddings), tensors or batches that do not fit. Source: orthogonal Procrustes;
+    arXiv 2506.22712 for the symmetries.
+    """
+    models = list(models)
+    if len(models) < 2:
+        raise ValueError(f"models: expected two or more, got {len(models)}")
+    for m, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    check_spec(spec)
+    check_share("balance", balance)
+    check_count("max_sweeps", max_sweeps, 1)
+    if isinstance(parts, str) or not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {parts!r}")
+    batches = list(check_batches(batches))
+    if not batches:
+        raise ValueError("batches: expected at least one batch, got none")
+    works = [copy.deepcopy(model).float() if _half(model) else copy.deepcopy(model) for model in models]
+    for m, work in enumerate(works):
+        spec.check(work.state_dict(), [name for name, _ in work.named_modules()])
+        if device is not None:
+            works[m] = work.to(device)
+    states = [{n: x.detach().clone() for n, x in work.state_dict().items()} for work in works]
+    with evaluation(works):
+        maps = _streams(works, states, spec, batches[0]) if "stream" in parts else []
+        for work, state in zip(works, states, strict=True):
+            install(work, state)
+        if "heads" in parts:
+            maps += _heads(works[0], spec, batches[0])
+        if not maps:
+            raise ValueError("spec: it has no heads whose values, or queries and keys, may be rotated")
+    seen: Mapping[str, Covariance] = {}
+    if balance < 1:
+        tapped = tuple(Space(part.name, part.width, part.axes, part.taps, part.blocks) for part in maps)
+        seen = calibrate(works, batches, PermutationSpec(tapped), progress=progress)
+    before, after = ({part.name: 0.0 for part in maps} for _ in range(2))
+    with bar("rotating", None, progress) as steps:
+        for m in range(1, len(models)):
+            descent = _Descent(states[0], states[m], maps, {n: _crossed(seen[n], maps, n, m) for n in seen}, balance)
+            for part in maps:
+                before[part.name] += descent.value(part) / (len(models) - 1)
+            for _ in range(max_sweeps):
+                if not descent.sweep():
+                    break
+                steps.advance()
+            for part in maps:
+                after[part.name] += descent.value(part) / (len(models) - 1)
+            states[m] = descent.second
+    homes = [model.state_dict() for model in models]
+    results = [{n: x.to(home[n]) for n, x in state.items()} for home, state in zip(homes, states, strict=True)]
+    return Rotations(results, before, after)
+
+
+class _Descent:
+    """One model's way to model 0: each visit of a map is its optimum, given the others."""
+
+    def __init__(
+        self,
+        first: Mapping[str, Tensor],
+        second: Mapping[str, Tensor],
+        maps: Sequence[Map],
+        crossed: Mapping[str, Tensor],
+        balance: float,
+    ) -> None:
+        touched = {axis.tensor for part in maps for axis in part.axes}
+        self.first = {name: x.double() if name in touched else x for name, x in first.items()}
+        self.second = {name: x.double() if name in touched else x for name, x in second.items()}
+        self.maps, self.crossed, self.balance = maps, dict(crossed), balance
+
+    def _both(self, part: Map) -> Tensor:
+        share = self.balance if part.name in self.crossed else 1.0
+        total = torch.zeros(part.blocks, part.each, part.each, dtype=torch.float64)
+        if share > 0:
+            total += share * crossed_weights(self.first, self.second, part)
+        if share < 1:
+            total += (1 - share) * self.crossed[part.name]
+        return total
+
+    def value(self, part: Map) -> float:
+        return float(self._both(part).diagonal(dim1=1, dim2=2).sum())
+
+    def sweep(self) -> bool:
+        """Visit each map; whether that changed anything."""
+        gained = 0.0
+        for part in self.maps:
+            both = self._both(part)
+            rotation = nearest(both, part.kind)
+            gain = float((rotation * both).sum() - both.diagonal(dim1=1, dim2=2).sum())
+            gained = max(gained, gain)
+            rotate_(self.second, part, rotation)
+            if part.name in self.crossed:
+                self.crossed[part.name] = self.crossed[part.name] @ rotation.mT
+        return gained > 1e-6
+
+
+def _half(model: nn.Module) -> bool:
+    return any(x.is_floating_point() and x.element_size() < 4 for x in model.state_dict().values())
+
+
+def _crossed(statistics: Covariance, maps: Sequence[Map], name: str, m: int) -> Tensor:
+    """(blocks, n, n) float64: mean products of the units of model 0 and model m, as a share of their lengths."""
+    part = next(p for p in maps if p.name == name)
+    mean, covariance = joint_covariance(statistics)
+    moment = (covariance + torch.outer(mean, mean)).cpu()
+    width, own = part.width, slice(m * part.width, (m + 1) * part.width)
+    lengths = moment.diagonal()[:width].sum() * moment.diagonal()[own].sum()
+    blocks = moment[:width, own].reshape(part.blocks, part.each, part.blocks, part.each)
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0) / max(float(lengths) ** 0.5, 1e-300)
+
+
+def _inputs(batch: Any) -> Any:
+    """A batch as arguments: a tensor, or keyword arguments."""
+    return batch[0] if isinstance(batch, list | tuple) and batch else batch
+
+
+def _changed(model: nn.Module, state: dict[str, Tensor], batch: Any, before: Sequence[Tensor] | None = None) -> float:
+    """The largest relative change of the outputs when the model holds this state."""
+    if before is None:
+        before = law.outputs(model, model.state_dict(), _inputs(batch), None)
+    return law.change(before, law.outputs(model, state, _inputs(batch), None))
+
+
+def _tried(model: nn.Module, parts: Sequence[Map], batch: Any, before: Sequence[Tensor]) -> bool:
+    """Do random rotations leave the outputs as they are?"""
+    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for part in parts:
+        drawn = torch.randn(part.blocks, part.each, part.each, generator=generator, dtype=torch.float64)
+        rotate_(state, part, nearest(drawn, part.kind))
+    return law.change(before, law.outputs(model, state, _inputs(batch), None)) <= _CHANGE
+
+
+def _streams(
+    works: Sequence[nn.Module], states: Sequence[dict[str, Tensor]], spec: PermutationSpec, batch: Any
+) -> list[Map]:
+    """The maps of all streams, whose norms are folded in `states`."""
+    streams, reasons = find_streams(works[0], spec, batch)
+    if not streams:
+        found = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "no norm reads one of its spaces"
+        raise ValueError(f"spec: no residual stream that is read through norms alone can be rotated ({found})")
+    for work, state in zip(works, states, strict=True):
+        for stream in streams:
+            stream.fold_(state)
+        change = _changed(work, state, batch)
+        if not change <= _CHANGE:
+            raise ValueError(f"spec: the norms of the stream cannot be folded: outputs change by {change:.1g}")
+    maps = [stream.as_map() for stream in streams]
+    install(probe := copy.deepcopy(works[0]), states[0])
+    if not _tried(probe, maps, batch, law.outputs(probe, states[0], _inputs(batch), None)):
+        names = ", ".join(part.name for part in maps)
+        raise ValueError(f"spec: rotating {names} changes the outputs; the stream is used elsewhere too")
+    return maps
+
+
+def _heads(work: nn.Module, spec: PermutationSpec, batch: Any) -> list[Map]:
+    """The maps inside heads that keep the function, each of the freest kind that does."""
+    with_module = dict(work.named_modules())
+    left = [part for part in _inside_heads(spec) if all(tap.module in with_module for tap in part.taps)]
+    before = law.outputs(work, work.state_dict(), _inputs(batch), None)
+    found: dict[str, Map] = {}
+    for kind in ("any", "halves", "neighbours"):
+        asked = [replace(part, kind=kind) for part in left if kind == "any" or part.each % 2 == 0]
+        # All at once where that is right; what stands in one map's way is no reason against the others.
+        together = bool(asked) and _tried(work, asked, batch, before)
+        found |= {part.name: part for part in asked if together or _tried(work, [part], batch, before)}
+        left = [part for part in left if part.name not in found]
+    return list(found.values())
+
+
+def _inside_heads(spec: PermutationSpec) -> list[Map]:
+    """What may be a map inside heads: the units of tied spaces, and dims of heads that no space permutes."""
+    maps = []
+    for tie, names in spec.ties.items():
+        spaces = [spec[name] for name in names]
+        for space in spaces:
+            if space.width > space.blocks:
+                maps.append(Map(space.name, space.width, space.blocks, space.axes, space.taps))
+        axes: dict[Axis, None] = {}
+        for space in spaces:
+            for axis in space.axes:
+                at, own = factors_at(axis), (axis.view, axis.pick, axis.part, axis.dim)
+                if axis.view is None or axis.role != "out" or axis.view[at[0]] != space.blocks:
+                    continue
+                alike = [a for _, a in spec.entries[axis.tensor] if (a.view, a.pick, a.part, a.dim) == own]
+                used = {f for a in alike for f in factors_at(a)} | ({axis.pick[0]} if axis.pick else set())
+                rest = [f for f in range(len(axis.view)) if f not in used]
+                if len(rest) == 1:
+                    axes[replace(axis, at=(at[0], rest[0]))] = None
+        sizes = {axis.view[axis.at[1]] for axis in axes}
+        if len(sizes) == 1 and (each := sizes.pop()) > 1:
+            taps = tuple(
+                Tap(a.tensor.removesuffix(".weight"), "output", -1, a.view, a.at, a.pick, a.part)
+                for a in axes
+                if a.tensor.endswith(".weight")
+            )
+            blocks = spaces[0].blocks
+            maps.append(Map(f"{tie} inside", blocks * each, blocks, tuple(axes), taps))
+    return maps

@@ -22,6 +22,7 @@ class Map:
     """Units that may be rotated: `blocks` times the same number, each block by an orthogonal map of its own.
 
     axes: where the units stand in tensors; they are flattened in block order. taps: where they are seen. kind: of KINDS.
+    tie: that of the spaces whose blocks these are.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Map:
     axes: tuple[Axis, ...]
     taps: tuple[Tap, ...]
     kind: str = "any"
+    tie: str | None = None
 
     @property
     def each(self) -> int:
@@ -40,8 +42,8 @@ class Map:
 def nearest(crossed: Tensor, kind: str = "any") -> Tensor:
     """The orthogonal maps R of a kind that make the sum of R * crossed greatest (orthogonal Procrustes).
 
-    crossed: (blocks, n, n) float64, [b, i, j]: the product of unit i of the first model and unit j of the second. With R
-    applied to the second model's units they come nearest to the first's. Returns (blocks, n, n).
+    crossed: (..., n, n) float64, [..., i, j]: the product of unit i of the first model and unit j of the second. With R
+    applied to the second model's units they come nearest to the first's. Returns (..., n, n).
     """
     if kind in ("halves", "neighbours"):
         return _turns(crossed, kind)
@@ -67,11 +69,11 @@ def _planes(n: int, kind: str) -> tuple[Tensor, Tensor]:
 
 def _turns(crossed: Tensor, kind: str) -> Tensor:
     a, b = _planes(crossed.shape[-1], kind)
-    angle = torch.atan2(crossed[:, b, a] - crossed[:, a, b], crossed[:, a, a] + crossed[:, b, b])
+    angle = torch.atan2(crossed[..., b, a] - crossed[..., a, b], crossed[..., a, a] + crossed[..., b, b])
     result = torch.zeros_like(crossed)
-    result[:, a, a] = result[:, b, b] = angle.cos()
-    result[:, b, a] = angle.sin()
-    result[:, a, b] = -angle.sin()
+    result[..., a, a] = result[..., b, b] = angle.cos()
+    result[..., b, a] = angle.sin()
+    result[..., a, b] = -angle.sin()
     return result
 
 
@@ -91,15 +93,17 @@ def rotate_(state: MutableMapping[str, Tensor], part: Map, rotation: Tensor) -> 
         front.copy_((rotation.to(front) @ unfolded(state[axis.tensor], axis, part.blocks)).reshape(front.shape))
 
 
-def crossed_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor], part: Map) -> Tensor:
+def crossed_weights(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], part: Map, all_blocks: bool = False
+) -> Tensor:
     """(blocks, n, n) float64: products of both models' weights at each pair of units, as a share of their lengths.
 
-    The trace is the cosine between all weights that touch the units.
+    The sum of the blocks' traces is the cosine between all weights that touch the units. all_blocks: (blocks, blocks, n,
+    n), also of each block with each other.
     """
-    total = torch.zeros(part.blocks, part.each, part.each, dtype=torch.float64)
-    lengths = [0.0, 0.0]
+    total, lengths = 0.0, [0.0, 0.0]
     for axis in part.axes:
         a, b = (unfolded(state[axis.tensor], axis, part.blocks).double() for state in (first, second))
-        total += (a @ b.mT).cpu()
+        total = total + ((a[:, None] if all_blocks else a) @ b.mT).cpu()
         lengths = [lengths[0] + float(a.square().sum()), lengths[1] + float(b.square().sum())]
     return total / max((lengths[0] * lengths[1]) ** 0.5, 1e-300)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast import law
+from mudsc_fast.assignment import assign
 from mudsc_fast.arguments import check_count, check_share, check_spec
 from mudsc_fast.batches import check_batches, evaluation
 from mudsc_fast.calibration import calibrate
@@ -103,7 +104,7 @@ def align_rotations(
     before, after = ({part.name: 0.0 for part in maps} for _ in range(2))
     with bar("rotating", None, progress) as steps:
         for m in range(1, len(models)):
-            descent = _Descent(states[0], states[m], maps, {n: _crossed(seen[n], maps, n, m) for n in seen}, balance)
+            descent = _Descent(spec, states[0], states[m], maps, {n: _crossed(seen[n], maps, n, m) for n in seen}, balance)
             for part in maps:
                 before[part.name] += descent.value(part) / (len(models) - 1)
             for _ in range(max_sweeps):
@@ -119,10 +120,11 @@ def align_rotations(
 
 
 class _Descent:
-    """One model's way to model 0: each visit of a map is its optimum, given the others."""
+    """One model's way to model 0: each visit of a map or of the heads' order is its optimum, given the others."""
 
     def __init__(
         self,
+        spec: PermutationSpec,
         first: Mapping[str, Tensor],
         second: Mapping[str, Tensor],
         maps: Sequence[Map],
@@ -130,34 +132,57 @@ class _Descent:
         balance: float,
     ) -> None:
         touched = {axis.tensor for part in maps for axis in part.axes}
+        self.spec, self.maps, self.crossed, self.balance = spec, maps, dict(crossed), balance
         self.first = {name: x.double() if name in touched else x for name, x in first.items()}
         self.second = {name: x.double() if name in touched else x for name, x in second.items()}
-        self.maps, self.crossed, self.balance = maps, dict(crossed), balance
 
-    def _both(self, part: Map) -> Tensor:
+    def _both(self, part: Map, all_blocks: bool = False) -> Tensor:
+        """The blend of both spaces: (blocks, n, n), or with all_blocks (blocks, blocks, n, n)."""
         share = self.balance if part.name in self.crossed else 1.0
-        total = torch.zeros(part.blocks, part.each, part.each, dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
         if share > 0:
-            total += share * crossed_weights(self.first, self.second, part)
+            total = total + share * crossed_weights(self.first, self.second, part, all_blocks)
         if share < 1:
-            total += (1 - share) * self.crossed[part.name]
+            seen = self.crossed[part.name]
+            total = total + (1 - share) * (seen if all_blocks else seen.diagonal().movedim(-1, 0))
         return total
 
     def value(self, part: Map) -> float:
         return float(self._both(part).diagonal(dim1=1, dim2=2).sum())
 
     def sweep(self) -> bool:
-        """Visit each map; whether that changed anything."""
-        gained = 0.0
+        """Pair all heads, visit each map; whether that changed anything."""
+        gained = max([self._pair(tie) for tie in self.spec.ties], default=0.0)
         for part in self.maps:
             both = self._both(part)
             rotation = nearest(both, part.kind)
-            gain = float((rotation * both).sum() - both.diagonal(dim1=1, dim2=2).sum())
-            gained = max(gained, gain)
+            gained = max(gained, float((rotation * both).sum() - both.diagonal(dim1=1, dim2=2).sum()))
             rotate_(self.second, part, rotation)
             if part.name in self.crossed:
                 self.crossed[part.name] = self.crossed[part.name] @ rotation.mT
         return gained > 1e-6
+
+    def _pair(self, tie: str) -> float:
+        """Put the heads into the order in which they are nearest to model 0's once each is rotated; what that gains."""
+        spaces = [self.spec[name] for name in self.spec.ties[tie]]
+        parts = [part for part in self.maps if part.tie == tie]
+        covered = {part.name for part in parts}
+        if spaces[0].blocks < 2 or not parts or any(s.width > s.blocks and s.name not in covered for s in spaces):
+            return 0.0  # where other units move with the heads, as the query heads of a group, they stay as given
+        scores = torch.zeros((), dtype=torch.float64)
+        for part in parts:
+            both = self._both(part, True)
+            scores = scores + (nearest(both, part.kind) * both).sum((-1, -2))
+        order = assign(scores).indices.cpu()
+        gain = float(scores[torch.arange(len(order)), order].sum() - scores.diagonal().sum())
+        if gain <= 1e-6:
+            return 0.0
+        moved = {s.name: (order[:, None] * (s.width // s.blocks) + torch.arange(s.width // s.blocks)) for s in spaces}
+        self.second = self.spec.permute(self.second, {name: units.reshape(-1) for name, units in moved.items()})
+        for part in parts:
+            if part.name in self.crossed:
+                self.crossed[part.name] = self.crossed[part.name][:, order]
+        return gain
 
 
 def _half(model: nn.Module) -> bool:
@@ -165,14 +190,14 @@ def _half(model: nn.Module) -> bool:
 
 
 def _crossed(statistics: Covariance, maps: Sequence[Map], name: str, m: int) -> Tensor:
-    """(blocks, n, n) float64: mean products of the units of model 0 and model m, as a share of their lengths."""
+    """(blocks, blocks, n, n) float64: mean products of the units of models 0 and m, as a share of their lengths."""
     part = next(p for p in maps if p.name == name)
     mean, covariance = joint_covariance(statistics)
     moment = (covariance + torch.outer(mean, mean)).cpu()
     width, own = part.width, slice(m * part.width, (m + 1) * part.width)
     lengths = moment.diagonal()[:width].sum() * moment.diagonal()[own].sum()
     blocks = moment[:width, own].reshape(part.blocks, part.each, part.blocks, part.each)
-    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0) / max(float(lengths) ** 0.5, 1e-300)
+    return blocks.movedim(2, 1) / max(float(lengths) ** 0.5, 1e-300)
 
 
 def _inputs(batch: Any) -> Any:
@@ -241,7 +266,7 @@ def _inside_heads(spec: PermutationSpec) -> list[Map]:
         spaces = [spec[name] for name in names]
         for space in spaces:
             if space.width > space.blocks:
-                maps.append(Map(space.name, space.width, space.blocks, space.axes, space.taps))
+                maps.append(Map(space.name, space.width, space.blocks, space.axes, space.taps, tie=tie))
         axes: dict[Axis, None] = {}
         for space in spaces:
             for axis in space.axes:
@@ -261,5 +286,5 @@ def _inside_heads(spec: PermutationSpec) -> list[Map]:
                 if a.tensor.endswith(".weight")
             )
             blocks = spaces[0].blocks
-            maps.append(Map(f"{tie} inside", blocks * each, blocks, tuple(axes), taps))
+            maps.append(Map(f"{tie} inside", blocks * each, blocks, tuple(axes), taps, tie=tie))
     return maps

@@ -21,8 +21,8 @@ KINDS = ("any", "mean", "halves", "neighbours")
 class Map:
     """Units that may be rotated: `blocks` times the same number, each block by an orthogonal map of its own.
 
-    axes: where the units stand in tensors; they are flattened in block order. taps: where they are seen. kind: of KINDS.
-    tie: that of the spaces whose blocks these are.
+    axes: where the units stand in tensors; they are flattened in block order. taps: where they are seen. kind: one of
+    KINDS. tie: that of the spaces whose blocks these are.
     """
 
     name: str
@@ -49,9 +49,11 @@ def nearest(crossed: Tensor, kind: str = "any") -> Tensor:
         return _turns(crossed, kind)
     if kind == "mean":
         basis = without_mean(crossed.shape[-1]).to(crossed)
-        return basis @ nearest(basis.T @ crossed @ basis) @ basis.T + 1 / crossed.shape[-1]
+        kept: Tensor = basis @ nearest(basis.T @ crossed @ basis) @ basis.T + 1 / crossed.shape[-1]
+        return kept
     u, _, v = torch.linalg.svd(crossed)
-    return u @ v
+    best: Tensor = u @ v
+    return best
 
 
 def without_mean(n: int) -> Tensor:
@@ -59,7 +61,8 @@ def without_mean(n: int) -> Tensor:
     k = torch.arange(1, n, dtype=torch.float64)
     basis = torch.ones(n, n - 1, dtype=torch.float64).triu()
     basis[1:].diagonal().copy_(-k)
-    return basis / (k * (k + 1)).sqrt()
+    scaled: Tensor = basis / (k * (k + 1)).sqrt()
+    return scaled
 
 
 def _planes(n: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -98,12 +101,13 @@ def crossed_weights(
 ) -> Tensor:
     """(blocks, n, n) float64: products of both models' weights at each pair of units, as a share of their lengths.
 
-    The sum of the blocks' traces is the cosine between all weights that touch the units. all_blocks: (blocks, blocks, n,
-    n), also of each block with each other.
+    The sum of the blocks' traces is the cosine between all weights that touch the units. all_blocks: also of each block
+    with each other, (blocks, blocks, n, n).
     """
-    total, lengths = 0.0, [0.0, 0.0]
+    total, lengths = torch.zeros((), dtype=torch.float64), [0.0, 0.0]
     for axis in part.axes:
         a, b = (unfolded(state[axis.tensor], axis, part.blocks).double() for state in (first, second))
         total = total + ((a[:, None] if all_blocks else a) @ b.mT).cpu()
         lengths = [lengths[0] + float(a.square().sum()), lengths[1] + float(b.square().sum())]
-    return total / max((lengths[0] * lengths[1]) ** 0.5, 1e-300)
+    cosines: Tensor = total / max((lengths[0] * lengths[1]) ** 0.5, 1e-300)
+    return cosines

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast import law
-from mudsc_fast.assignment import assign
 from mudsc_fast.arguments import check_count, check_share, check_spec
+from mudsc_fast.assignment import assign
 from mudsc_fast.batches import check_batches, evaluation
 from mudsc_fast.calibration import calibrate
 from mudsc_fast.installing import install
@@ -22,6 +22,7 @@ from mudsc_fast.orthogonal import Map, crossed_weights, nearest, rotate_
 from mudsc_fast.progress import Progress, bar
 from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
 from mudsc_fast.streams import find_streams
+
 if TYPE_CHECKING:
     from mudsc_fast.covariance import Covariance
 
@@ -65,8 +66,8 @@ def align_rotations(
     device: where to calibrate; None: where the models are.
 
     Returns Rotations, with the models' dtypes and devices. They may be averaged, or matched further like any models.
-    Raises ValueError or TypeError: unknown parts, nothing that can be rotated, with what stands in the way (norms on the
-    stream itself, batch norms, tied embeddings), tensors or batches that do not fit. Source: orthogonal Procrustes;
+    Raises ValueError or TypeError: unknown parts, nothing that can be rotated, with what stands in the way (norms on
+    the stream itself, batch norms, tied embeddings), tensors or batches that do not fit. Source: orthogonal Procrustes;
     arXiv 2506.22712 for the symmetries.
     """
     models = list(models)
@@ -104,7 +105,8 @@ def align_rotations(
     before, after = ({part.name: 0.0 for part in maps} for _ in range(2))
     with bar("rotating", None, progress) as steps:
         for m in range(1, len(models)):
-            descent = _Descent(spec, states[0], states[m], maps, {n: _crossed(seen[n], maps, n, m) for n in seen}, balance)
+            crossed = {part.name: _crossed(seen[part.name], part, m) for part in maps if part.name in seen}
+            descent = _Descent(spec, states[0], states[m], maps, crossed, balance)
             for part in maps:
                 before[part.name] += descent.value(part) / (len(models) - 1)
             for _ in range(max_sweeps):
@@ -189,15 +191,15 @@ def _half(model: nn.Module) -> bool:
     return any(x.is_floating_point() and x.element_size() < 4 for x in model.state_dict().values())
 
 
-def _crossed(statistics: Covariance, maps: Sequence[Map], name: str, m: int) -> Tensor:
+def _crossed(statistics: Covariance, part: Map, m: int) -> Tensor:
     """(blocks, blocks, n, n) float64: mean products of the units of models 0 and m, as a share of their lengths."""
-    part = next(p for p in maps if p.name == name)
     mean, covariance = joint_covariance(statistics)
     moment = (covariance + torch.outer(mean, mean)).cpu()
     width, own = part.width, slice(m * part.width, (m + 1) * part.width)
     lengths = moment.diagonal()[:width].sum() * moment.diagonal()[own].sum()
-    blocks = moment[:width, own].reshape(part.blocks, part.each, part.blocks, part.each)
-    return blocks.movedim(2, 1) / max(float(lengths) ** 0.5, 1e-300)
+    blocks = moment[:width, own].reshape(part.blocks, part.each, part.blocks, part.each).movedim(2, 1)
+    cosines: Tensor = blocks / max(float(lengths) ** 0.5, 1e-300)
+    return cosines
 
 
 def _inputs(batch: Any) -> Any:
@@ -264,27 +266,29 @@ def _inside_heads(spec: PermutationSpec) -> list[Map]:
     maps = []
     for tie, names in spec.ties.items():
         spaces = [spec[name] for name in names]
+        blocks = spaces[0].blocks
         for space in spaces:
-            if space.width > space.blocks:
-                maps.append(Map(space.name, space.width, space.blocks, space.axes, space.taps, tie=tie))
-        axes: dict[Axis, None] = {}
-        for space in spaces:
-            for axis in space.axes:
-                at, own = factors_at(axis), (axis.view, axis.pick, axis.part, axis.dim)
-                if axis.view is None or axis.role != "out" or axis.view[at[0]] != space.blocks:
-                    continue
-                alike = [a for _, a in spec.entries[axis.tensor] if (a.view, a.pick, a.part, a.dim) == own]
-                used = {f for a in alike for f in factors_at(a)} | ({axis.pick[0]} if axis.pick else set())
-                rest = [f for f in range(len(axis.view)) if f not in used]
-                if len(rest) == 1:
-                    axes[replace(axis, at=(at[0], rest[0]))] = None
-        sizes = {axis.view[axis.at[1]] for axis in axes}
+            if space.width > blocks:
+                maps.append(Map(space.name, space.width, blocks, space.axes, space.taps, tie=tie))
+        found = [rest for space in spaces for axis in space.axes if (rest := _rest(spec, axis, blocks)) is not None]
+        axes = tuple(dict.fromkeys(axis for axis, _ in found))
+        sizes = {each for _, each in found}
         if len(sizes) == 1 and (each := sizes.pop()) > 1:
-            taps = tuple(
-                Tap(a.tensor.removesuffix(".weight"), "output", -1, a.view, a.at, a.pick, a.part)
-                for a in axes
-                if a.tensor.endswith(".weight")
-            )
-            blocks = spaces[0].blocks
-            maps.append(Map(f"{tie} inside", blocks * each, blocks, tuple(axes), taps, tie=tie))
+            taps = [Tap(_module(a), "output", -1, a.view, a.at, a.pick, a.part) for a in axes if "weight" in a.tensor]
+            maps.append(Map(f"{tie} inside", blocks * each, blocks, axes, tuple(taps), tie=tie))
     return maps
+
+
+def _module(axis: Axis) -> str:
+    return axis.tensor.removesuffix(".weight")
+
+
+def _rest(spec: PermutationSpec, axis: Axis, blocks: int) -> tuple[Axis, int] | None:
+    """The factor of an axis that no space indexes, inside the blocks, and its size; None if there is not just one."""
+    head = factors_at(axis)[0]
+    if axis.view is None or axis.role != "out" or axis.view[head] != blocks:
+        return None
+    alike = [a for _, a in spec.entries[axis.tensor] if replace(axis, at=a.at, compare=a.compare) == a]
+    used = {f for a in alike for f in factors_at(a)} | ({axis.pick[0]} if axis.pick else set())
+    rest = [f for f in range(len(axis.view)) if f not in used]
+    return (replace(axis, at=(head, rest[0])), axis.view[rest[0]]) if len(rest) == 1 else None

@@ -59,7 +59,7 @@ class Stream:
         for norm in self.norms:
             weight, bias = state[f"{norm.module}.weight"], state.get(f"{norm.module}.bias")
             for axis in norm.readers:
-                reader = state[axis.tensor].movedim(axis.dim, -1)
+                reader = state[axis.tensor].movedim(dims_of(axis)[0], -1)
                 if bias is not None:
                     into = _bias(axis.tensor)
                     state[into] += reader @ bias
@@ -83,7 +83,8 @@ def find_streams(model: nn.Module, spec: PermutationSpec, batch: Any) -> tuple[l
     reasons: dict[str, str] = {}
     candidates = {}
     for space in spec.spaces:
-        norms = [m for a in space.axes if (m := a.tensor.removesuffix(".weight")) != a.tensor and _vector(state, a, "out")]
+        vectors = [a.tensor for a in space.axes if a.role == "out" and state[a.tensor].dim() == 1]
+        norms = [name.removesuffix(".weight") for name in vectors if name.endswith(".weight")]
         reading = [a for a in space.axes if a.role == "in"]
         if norms and reading and space.tie is None:
             candidates[space.name] = space, norms, reading
@@ -94,8 +95,8 @@ def find_streams(model: nn.Module, spec: PermutationSpec, batch: Any) -> tuple[l
             twice = _tied(model, space)
             if twice is not None:
                 raise ValueError(
-                    f"{twice[0]} and {twice[1]} are one tensor, which folding a norm would take apart; untie them first, "
-                    "with transformers by tie_word_embeddings=False and a copy of the weight"
+                    f"{twice[0]} and {twice[1]} are one tensor, which folding a norm would take apart; untie them "
+                    "first, with transformers by tie_word_embeddings=False and a copy of the weight"
                 )
             found.append(_stream(space, norms, reading, modules, state, sources))
         except ValueError as error:
@@ -103,11 +104,9 @@ def find_streams(model: nn.Module, spec: PermutationSpec, batch: Any) -> tuple[l
     return found, reasons
 
 
-def _vector(state: Mapping[str, Tensor], axis: Axis, role: str) -> bool:
-    return axis.role == role and axis.tensor in state and state[axis.tensor].dim() == 1
-
-
-def _sources(model: nn.Module, batch: Any, norms: set[str], candidates: Mapping[str, Any]) -> dict[str, set[str | None]]:
+def _sources(
+    model: nn.Module, batch: Any, norms: set[str], candidates: Mapping[str, Any]
+) -> dict[str, set[str | None]]:
     """{module: the norms whose output it is called with; None for anything else}, seen in one forward pass."""
     readers = {axis.tensor.rpartition(".")[0] for _, _, reading in candidates.values() for axis in reading}
     alive: list[Tensor] = []  # so that no storage is used twice
@@ -177,17 +176,19 @@ def _stream(
 
 def _kind(name: str, module: nn.Module) -> tuple[bool, float]:
     """Whether a norm takes the mean away, and what is added to its weight; by what it gives for random numbers."""
-    weight = module.weight.detach().double()
-    x = 10 * torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{name} is a scale and no norm")
+    factor = weight.detach().double()
+    x = 10 * torch.randn(8, len(factor), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        y = module(x.to(module.weight)).double()
-    bias = getattr(module, "bias", None)
-    x = x.to(weight)
+        y = module(x.to(weight)).double()
+    x = x.to(factor)
     for centred in (False, True):
         z = x - x.mean(-1, keepdim=True) if centred else x
         z = z / z.square().mean(-1, keepdim=True).sqrt()
         for offset in (0.0, 1.0):
-            wanted = z * (weight + offset) + (0.0 if bias is None else bias.detach().double())
+            wanted = z * (factor + offset) + (0.0 if bias is None else bias.detach().double())
             if float((y - wanted).abs().max()) <= 1e-3 * float(wanted.abs().max()):
                 return centred, offset
     raise ValueError(f"{name} ({type(module).__name__}) is neither a layer norm nor an RMS norm")

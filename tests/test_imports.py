@@ -32,7 +32,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "agreeing", "best", "installing", "leading", "partial", "repairs", "searching",
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
         "expert_merging", "experts", "hooks", "journal", "matching", "merging", "network", "plan", "progress",
-        "records", "rematch", "rotations", "streams", "stats_files", "streaming", "weights", "wide_statistics", "workplan",
+        "records", "rematch", "rotations", "stats_files", "streaming", "streams", "weights", "wide_statistics",
+        "workplan",
     ),
     ("__main__", "adapters", "checking", "cli", "configuration", "evaluation"),
 )  # fmt: skip

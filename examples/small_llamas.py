@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from fashion_mnist.methods import METHODS, Pair
+from fashion_mnist.methods import METHODS, ROTATED, Pair
 from fashion_mnist.parents import load, save
 from fashion_mnist.table import DOCUMENT, cell, filled, write
 from rich.console import Console
@@ -39,6 +39,7 @@ ROWS = {
         "average", "weight align", "activation align", "MuDSC align", "weight zip", "activation zip (ZipIt)",
         "MuDSC zip", "zip + decoder", "selection + decoder", "zip + refit, mean",
     )},
+    **{name: make for name, make in ROTATED.items() if "whole blocks" not in name},
     "selection + refit, mean": lambda p: p.refitted(p.selected, "mean"),
     "control: first body, last layer solved, mean": lambda p: p.one_body(0, "mean"),
     "control: second body, last layer solved, mean": lambda p: p.one_body(1, "mean"),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fashion_mnist import heterogeneous_evaluation
 from fashion_mnist.data import DEBIAN, SPLITS, Fashion, class_vectors, load
-from fashion_mnist.methods import METHODS, Pair
+from fashion_mnist.methods import METHODS, ROTATED, Pair
 from fashion_mnist.parents import NETWORKS, Parent, features_of, own_accuracy, trained
 from fashion_mnist.train import CACHE
 
@@ -57,7 +57,8 @@ def evaluate_pair(pair: Pair, split: str, data: Fashion, every: int, path: Path,
         known["rows"]["parents"] = {"mean": sum(own) / 2, "first": own[0], "second": own[1]}
         together = torch.stack([F.normalize(f, dim=1) for f in each]).sum(0)
         known["rows"]["ensemble"] = scores(together, labels, vectors, split)
-    left = [name for name in METHODS if name not in known["rows"] and (not only or name in only)]
+    possible = [name for name in METHODS if name not in ROTATED or pair.can_rotate]
+    left = [name for name in possible if name not in known["rows"] and (not only or name in only)]
     for name in track(left, path.stem):
         known = json.loads(path.read_text()) if path.exists() else known  # another process may work on the same pair
         if name in known["rows"]:

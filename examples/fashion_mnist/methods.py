@@ -122,6 +122,26 @@ class Pair:
         mf.refit(net, self.models, self.calibration, self.selected, heads, output, part="last")
         return net
 
+    def rotations(self, plan: MergePlan | None = None, parts: tuple[str, ...] = ("stream", "heads")) -> Pair:
+        """The same parents' functions, the second one's units in the order of an align plan, and rotated."""
+        models = self.models
+        if plan is not None:
+            models = [models[0], mf.installed(models[1], plan.align(self.states[1]))]
+        found = mf.align_rotations(models, self.calibration, self.spec, parts=parts).state_dicts
+        pair = Pair([mf.installed(models[0], s) for s in found], self.heads, self.calibration, self.judge)
+        pair.spec = self.spec
+        return pair
+
+    @cached_property
+    def rotated(self) -> Pair:
+        """Aligned and rotated, both at balance 0.5: what further methods start from."""
+        return self.rotations(self.plan("align", 0.5))
+
+    @property
+    def can_rotate(self) -> bool:
+        """Whether there is a residual stream that is read through norms."""
+        return any("LayerNorm" in type(m).__name__ or "RMSNorm" in type(m).__name__ for m in self.models[0].modules())
+
     def best(self, heads: bool) -> nn.Module:
         state = mf.merge_models(
             self.models,
@@ -164,6 +184,21 @@ REPAIRED: dict[str, Callable[[Pair], nn.Module]] = {
     "selection + decoder + rescaling": lambda p: p.repaired(p.decoded(p.selected), p.selected),
     "whole blocks + decoder + rescaling": lambda p: p.repaired(p.decoded(p.blocks), p.blocks),
 }
+# Transformers alone: the parents' functions after rotations of the stream and of heads, then as above.
+ROTATED: dict[str, Callable[[Pair], nn.Module]] = {
+    "rotations": lambda p: _identity(p.rotations()),
+    "align + rotations of the stream": lambda p: _identity(p.rotations(p.plan("align", 0.5), ("stream",))),
+    "align + rotations of heads": lambda p: _identity(p.rotations(p.plan("align", 0.5), ("heads",))),
+    "align + rotations": lambda p: _identity(p.rotated),
+    "align + rotations, zip": lambda p: p.rotated.plain(p.rotated.searched("zip")),
+    "align + rotations, zip + decoder": lambda p: p.rotated.decoded(p.rotated.searched("zip")),
+    "align + rotations, zip + decoder + rescaling": lambda p: p.rotated.repaired(
+        p.rotated.decoded(p.rotated.searched("zip")), p.rotated.searched("zip")
+    ),
+    "align + rotations, whole blocks + decoder + rescaling": lambda p: p.rotated.repaired(
+        p.rotated.decoded(p.rotated.blocks), p.rotated.blocks
+    ),
+}
 REFITTED: dict[str, Callable[[Pair], nn.Module]] = {
     "zip + refit, mean": lambda p: p.refitted(p.searched("zip"), "mean"),
     "zip + refit, unit": lambda p: p.refitted(p.searched("zip"), "unit"),
@@ -200,4 +235,4 @@ REFERENCE: dict[str, Callable[[Pair], nn.Module]] = {
     "zip at 0.5, fast path": _fast,
     "zip at 0.5, float64 reference": _reference,
 }
-METHODS = {**PLAIN, **REPAIRED, **REFITTED, **CONTROLS, **REFERENCE}
+METHODS = {**PLAIN, **REPAIRED, **ROTATED, **REFITTED, **CONTROLS, **REFERENCE}

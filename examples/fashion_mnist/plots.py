@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fashion_mnist.landscapes import FIGURES
-from fashion_mnist.methods import CONTROLS, METHODS, PLAIN, REFERENCE, REPAIRED
+from fashion_mnist.methods import CONTROLS, METHODS, PLAIN, REFERENCE, REPAIRED, ROTATED
 from fashion_mnist.parents import NETWORKS
 from fashion_mnist.table import BETTER_BODY, RESULTS, values
 
@@ -24,7 +24,7 @@ def group_of(method: str) -> str:
     """Which colour a method has."""
     if method in PLAIN:
         return "plain"
-    if method in REPAIRED:
+    if method in REPAIRED or method in ROTATED:
         return "repaired"
     return "control" if method.startswith("control") else "refitted"
 

@@ -15,7 +15,7 @@ import torch
 
 from fashion_mnist.evaluate import CACHE
 from fashion_mnist.heterogeneous import TASKS
-from fashion_mnist.methods import CONTROLS, METHODS, REFERENCE
+from fashion_mnist.methods import CONTROLS, METHODS, REFERENCE, ROTATED
 from fashion_mnist.parents import NETWORKS
 
 RESULTS = Path("benchmarks/results/quality.json")
@@ -28,7 +28,7 @@ SPLIT_NAMES = {
 PAPER = "MuDSC zip"
 BETTER_BODY = "control: better body, last layer solved, heads"
 NO_REFIT = ("zip + rescaling", "zip + decoder", "zip + decoder + rescaling", "selection", "selection + decoder",
-            "selection + decoder + rescaling", "whole blocks + decoder + rescaling")  # fmt: skip
+            "selection + decoder + rescaling", "whole blocks + decoder + rescaling", *ROTATED)  # fmt: skip
 
 Rows = dict[str, dict[str, dict[str, float]]]  # {seed: {method: scores}}
 

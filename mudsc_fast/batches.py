@@ -35,15 +35,16 @@ def home(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """All tensors in a batch on a device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
+        return type(value)(*(moved(item, device) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(moved(item, device) for item in value)
     return value
 
 
@@ -52,7 +53,7 @@ def feed(model: nn.Module, batch: Any, device: torch.device) -> None:
     if isinstance(batch, Mapping):
         if not batch:
             raise ValueError("batches: a mapping of keyword arguments is empty")
-        model(**_moved(batch, device))
+        model(**moved(batch, device))
         return
     if isinstance(batch, list | tuple):
         if not batch:

@@ -30,6 +30,7 @@ def merge_models(
     weights: Sequence[float] | None = None,
     balance: float = 0.5,
     reset_bn: bool = True,
+    rotate: bool = False,
     device: torch.device | str | None = None,
     progress: Progress = True,
     **options: Any,
@@ -46,6 +47,8 @@ def merge_models(
     weights: share of every model in the averages. balance and further options: as for `match`.
     reset_bn: False leaves batch-norm statistics averaged. Without batches that is all that can be done, and a warning
         says so: a network whose statistics are only averaged is usually at chance.
+    rotate: True first writes all models in model 0's coordinates as far as their functions allow, its norms folded: an
+        align match at this balance, then `align_rotations`. For transformers; needs batches.
     device: where to calibrate and compare; None: where the models are.
 
     Returns the merged state dict, with model 0's names, dtypes and devices. Raises ValueError or TypeError as the
@@ -59,6 +62,8 @@ def merge_models(
     for m, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    if rotate:
+        models, batches, spec = _rotated(models, batches, spec, balance, device, progress)
     if method == "best":
         return _best(models, batches, spec, heads, weights, device, progress, options)
     reset = reset_bn and bool(tracked_batchnorms(models[0]))
@@ -90,6 +95,34 @@ def merge_models(
         reset_batchnorm(network, batches, device=device, progress=progress)
         merged = {name: tensor.to(merged[name].device) for name, tensor in network.state_dict().items()}
     return merged
+
+
+def _rotated(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any] | None,
+    spec: PermutationSpec | None,
+    balance: float,
+    device: torch.device | str | None,
+    progress: Progress,
+) -> tuple[list[nn.Module], list[Any], PermutationSpec]:
+    from mudsc_fast.rotations import align_rotations
+
+    if batches is None:
+        raise ValueError("batches: rotate=True compares activations and tries what may be rotated; give batches")
+    batches = list(check_batches(batches))
+    if spec is None:
+        from mudsc_fast.specs import spec_for
+
+        spec = spec_for(models[0], inputs=_first_inputs(batches))
+    states = [model.state_dict() for model in models]
+    activations = None
+    if balance < 1:
+        activations = calibrate(models, batches, spec, "cross", device=device, progress=progress)
+    plan = match(states, spec, activations, "align", balance=balance, progress=progress, device=device)
+    aligned = [models[0], *(installed(model, plan.align(states[m], m)) for m, model in enumerate(models) if m > 0)]
+    found = align_rotations(aligned, batches, spec, balance, device=device, progress=progress)
+    rotated = [installed(model, state) for model, state in zip(models, found.state_dicts, strict=True)]
+    return rotated, batches, spec
 
 
 def _first_inputs(batches: Iterable[Any]) -> Any:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mudsc_fast import law
 from mudsc_fast.arguments import check_count, check_share, check_spec
 from mudsc_fast.assignment import assign
-from mudsc_fast.batches import check_batches, evaluation
+from mudsc_fast.batches import check_batches, evaluation, home, moved
 from mudsc_fast.calibration import calibrate
-from mudsc_fast.installing import install
+from mudsc_fast.installing import install, installed
 from mudsc_fast.layout import factors_at
 from mudsc_fast.moments import joint_covariance
 from mudsc_fast.orthogonal import Map, crossed_weights, nearest, rotate_
@@ -59,8 +59,9 @@ def align_rotations(
     of a rotary embedding. What a spec cannot tell of that is tried: a map is used if random rotations of its kind leave
     the outputs on the first batch as they are.
 
-    models: two or more modules of one architecture, their heads already in one order (`MergePlan.align`); they stay as
-        they are. batches: as for `calibrate`; read at once. spec: of the models.
+    models: two or more modules of one architecture; they stay as they are. Other units than these are best matched
+        before (`MergePlan.align`). Heads are paired here by how near they can come, or stay as given where query heads
+        move with their group. batches: as for `calibrate`; read at once. spec: of the models.
     balance: share of the weights' cosine in what is made greatest, the rest is that of the activations; 0..1.
     parts: "stream", "heads" or both. max_sweeps: at most so many visits of each map; each is exact, given the others.
     device: where to calibrate; None: where the models are.
@@ -84,18 +85,19 @@ def align_rotations(
     batches = list(check_batches(batches))
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
-    works = [copy.deepcopy(model).float() if _half(model) else copy.deepcopy(model) for model in models]
-    for m, work in enumerate(works):
-        spec.check(work.state_dict(), [name for name, _ in work.named_modules()])
-        if device is not None:
-            works[m] = work.to(device)
+    wide = any(x.is_floating_point() and x.element_size() < 4 for model in models for x in model.state_dict().values())
+    works = [copy.deepcopy(model).float() if wide else copy.deepcopy(model) for model in models]
+    batches = [_widened(batch) for batch in batches] if wide else batches
+    works = [work if device is None else work.to(device) for work in works]
     states = [{n: x.detach().clone() for n, x in work.state_dict().items()} for work in works]
+    _check(works, states, spec)
     with evaluation(works):
-        maps = _streams(works, states, spec, batches[0]) if "stream" in parts else []
+        first = _inputs(batches[0], home(works[0]))
+        maps = _streams(works, states, spec, first) if "stream" in parts else []
         for work, state in zip(works, states, strict=True):
             install(work, state)
         if "heads" in parts:
-            maps += _heads(works[0], spec, batches[0])
+            maps += _heads(works[0], spec, first)
         if not maps:
             raise ValueError("spec: it has no heads whose values, or queries and keys, may be rotated")
     seen: Mapping[str, Covariance] = {}
@@ -187,8 +189,24 @@ class _Descent:
         return gain
 
 
-def _half(model: nn.Module) -> bool:
-    return any(x.is_floating_point() and x.element_size() < 4 for x in model.state_dict().values())
+def _check(works: Sequence[nn.Module], states: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> None:
+    for m, (work, state) in enumerate(zip(works, states, strict=True)):
+        spec.check(state, [name for name, _ in work.named_modules()])
+        for name in spec.entries:
+            if state[name].shape != states[0][name].shape:
+                shapes = tuple(state[name].shape), tuple(states[0][name].shape)
+                raise ValueError(f"models: {name} has shape {shapes[0]} in model {m} and {shapes[1]} in model 0")
+            if not bool(state[name].isfinite().all()):
+                raise ValueError(f"models: {name} of model {m} has NaN or inf")
+
+
+def _widened(value: Any) -> Any:
+    """A batch with its half-precision tensors in float32, as the models are."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() and value.element_size() < 4 else value
+    if isinstance(value, Mapping):
+        return {key: _widened(item) for key, item in value.items()}
+    return [_widened(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _crossed(statistics: Covariance, part: Map, m: int) -> Tensor:
@@ -202,61 +220,58 @@ def _crossed(statistics: Covariance, part: Map, m: int) -> Tensor:
     return cosines
 
 
-def _inputs(batch: Any) -> Any:
-    """A batch as arguments: a tensor, or keyword arguments."""
-    return batch[0] if isinstance(batch, list | tuple) and batch else batch
+def _inputs(batch: Any, device: torch.device) -> Any:
+    """A batch as arguments on a device: a tensor, or keyword arguments."""
+    return moved(batch[0] if isinstance(batch, list | tuple) and batch else batch, device)
 
 
-def _changed(model: nn.Module, state: dict[str, Tensor], batch: Any, before: Sequence[Tensor] | None = None) -> float:
+def _changed(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> float:
     """The largest relative change of the outputs when the model holds this state."""
-    if before is None:
-        before = law.outputs(model, model.state_dict(), _inputs(batch), None)
-    return law.change(before, law.outputs(model, state, _inputs(batch), None))
+    before, after = (law.outputs(model, dict(s), inputs, None) for s in (model.state_dict(), state))
+    return law.change(before, after)
 
 
-def _tried(model: nn.Module, parts: Sequence[Map], batch: Any, before: Sequence[Tensor]) -> bool:
+def _tried(model: nn.Module, parts: Sequence[Map], inputs: Any) -> bool:
     """Do random rotations leave the outputs as they are?"""
     state = {name: x.detach().clone() for name, x in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     for part in parts:
         drawn = torch.randn(part.blocks, part.each, part.each, generator=generator, dtype=torch.float64)
         rotate_(state, part, nearest(drawn, part.kind))
-    return law.change(before, law.outputs(model, state, _inputs(batch), None)) <= _CHANGE
+    return _changed(model, state, inputs) <= _CHANGE
 
 
 def _streams(
-    works: Sequence[nn.Module], states: Sequence[dict[str, Tensor]], spec: PermutationSpec, batch: Any
+    works: Sequence[nn.Module], states: Sequence[dict[str, Tensor]], spec: PermutationSpec, inputs: Any
 ) -> list[Map]:
     """The maps of all streams, whose norms are folded in `states`."""
-    streams, reasons = find_streams(works[0], spec, batch)
+    streams, reasons = find_streams(works[0], spec, inputs)
     if not streams:
         found = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "no norm reads one of its spaces"
         raise ValueError(f"spec: no residual stream that is read through norms alone can be rotated ({found})")
     for work, state in zip(works, states, strict=True):
         for stream in streams:
             stream.fold_(state)
-        change = _changed(work, state, batch)
+        change = _changed(work, state, inputs)
         if not change <= _CHANGE:
             raise ValueError(f"spec: the norms of the stream cannot be folded: outputs change by {change:.1g}")
     maps = [stream.as_map() for stream in streams]
-    install(probe := copy.deepcopy(works[0]), states[0])
-    if not _tried(probe, maps, batch, law.outputs(probe, states[0], _inputs(batch), None)):
+    if not _tried(installed(works[0], states[0]), maps, inputs):
         names = ", ".join(part.name for part in maps)
         raise ValueError(f"spec: rotating {names} changes the outputs; the stream is used elsewhere too")
     return maps
 
 
-def _heads(work: nn.Module, spec: PermutationSpec, batch: Any) -> list[Map]:
+def _heads(work: nn.Module, spec: PermutationSpec, inputs: Any) -> list[Map]:
     """The maps inside heads that keep the function, each of the freest kind that does."""
     with_module = dict(work.named_modules())
     left = [part for part in _inside_heads(spec) if all(tap.module in with_module for tap in part.taps)]
-    before = law.outputs(work, work.state_dict(), _inputs(batch), None)
     found: dict[str, Map] = {}
     for kind in ("any", "halves", "neighbours"):
         asked = [replace(part, kind=kind) for part in left if kind == "any" or part.each % 2 == 0]
         # All at once where that is right; what stands in one map's way is no reason against the others.
-        together = bool(asked) and _tried(work, asked, batch, before)
-        found |= {part.name: part for part in asked if together or _tried(work, [part], batch, before)}
+        together = bool(asked) and _tried(work, asked, inputs)
+        found |= {part.name: part for part in asked if together or _tried(work, [part], inputs)}
         left = [part for part in left if part.name not in found]
     return list(found.values())
 
@@ -288,7 +303,8 @@ def _rest(spec: PermutationSpec, axis: Axis, blocks: int) -> tuple[Axis, int] | 
     head = factors_at(axis)[0]
     if axis.view is None or axis.role != "out" or axis.view[head] != blocks:
         return None
-    alike = [a for _, a in spec.entries[axis.tensor] if replace(axis, at=a.at, compare=a.compare) == a]
+    own = (axis.dim, axis.view, axis.pick, axis.part)
+    alike = [a for _, a in spec.entries[axis.tensor] if (a.dim, a.view, a.pick, a.part) == own]
     used = {f for a in alike for f in factors_at(a)} | ({axis.pick[0]} if axis.pick else set())
     rest = [f for f in range(len(axis.view)) if f not in used]
     return (replace(axis, at=(head, rest[0])), axis.view[rest[0]]) if len(rest) == 1 else None

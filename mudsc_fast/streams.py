@@ -116,8 +116,10 @@ def _sources(
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            alive.append(output)
-            made[output.untyped_storage().data_ptr()] = name
+            x = first_tensor(output)
+            if x is not None:
+                alive.append(x)
+                made[x.untyped_storage().data_ptr()] = name
 
         return hook
 

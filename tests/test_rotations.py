@@ -188,6 +188,20 @@ def test_planted_rotations_are_found(name: str, balance: float) -> None:
     assert min(found.after.values()) > 1 - 1e-5
 
 
+def test_merge_models_rotates_first() -> None:
+    model = _vit(0)
+    spec, batches = mf.spec_for(model), _images()
+    moved = spec.permute(model.state_dict(), spec.random_permutation(3))
+    other = _planted(mf.installed(model, moved), spec, batches[0], 1)  # all units in another order, and rotated
+    for method in ("align", "zip"):
+        merged = mf.merge_models([model, other], batches, method=method, rotate=True, progress=False)
+        assert _moved(model, merged, batches[0]) <= 1e-4
+        plain = mf.merge_models([model, other], batches, method=method, progress=False)
+        assert _moved(model, plain, batches[0]) > 0.1
+    with pytest.raises(ValueError, match="rotate=True compares activations"):
+        mf.merge_models([model, other], rotate=True, progress=False)
+
+
 def test_parts_alone() -> None:
     models = [_vit(seed) for seed in range(2)]
     spec, batches = mf.spec_for(models[0]), _images()
@@ -206,6 +220,12 @@ def test_half_precision_keeps_its_dtype() -> None:
     found = mf.align_rotations(models, _tokens(), spec_of(models[0]))
     assert all(x.dtype == torch.bfloat16 for state in found.state_dicts for x in state.values())
     assert _moved(models[1], found.state_dicts[1], _tokens()[0]) < 0.2  # eight bits of every weight
+
+
+def test_half_precision_images() -> None:
+    models = [_vit(seed).to(torch.bfloat16) for seed in range(2)]
+    found = mf.align_rotations(models, [(x.to(torch.bfloat16), 0) for x in _images()], mf.spec_for(models[0]))
+    assert found.after["residual"] > found.before["residual"]
 
 
 def _bert() -> tuple[nn.Module, Any]:
@@ -288,6 +308,13 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], match: st
 
 
 def test_models_that_differ_are_refused() -> None:
+    one, other, broken = _Unshifted(True, False), _Unshifted(True, False), _Unshifted(True, False)
+    other.head = nn.Linear(8, 5)
+    with pytest.raises(ValueError, match=r"head.weight has shape \(5, 8\) in model 1"):
+        mf.align_rotations([one, other], [torch.zeros(2, 6)], _small_spec())
+    broken.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"head.weight of model 1 has NaN"):
+        mf.align_rotations([one, broken], [torch.zeros(2, 6)], _small_spec())
     models: list[nn.Module] = [_Unshifted(True, False), nn.Sequential(nn.Linear(6, 8))]
     with pytest.raises(ValueError, match="unknown tensor"):
         mf.align_rotations(models, [torch.zeros(2, 6)], _small_spec())

@@ -39,7 +39,9 @@ ROWS = {
         "average", "weight align", "activation align", "MuDSC align", "weight zip", "activation zip (ZipIt)",
         "MuDSC zip", "zip + decoder", "selection + decoder", "zip + refit, mean",
     )},
-    **{name: make for name, make in ROTATED.items() if "whole blocks" not in name},
+    **{name: ROTATED[name] for name in (
+        "align + rotations", "align + rotations, zip", "align + rotations, zip + decoder",
+    )},
     "selection + refit, mean": lambda p: p.refitted(p.selected, "mean"),
     "control: first body, last layer solved, mean": lambda p: p.one_body(0, "mean"),
     "control: second body, last layer solved, mean": lambda p: p.one_body(1, "mean"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from mudsc_fast import backends
-from mudsc_fast.covariance import Covariance, relayout
+from mudsc_fast.covariance import Covariance
 
 
 class Moments:
@@ -46,10 +48,20 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """(width, width) float64, population covariance, exactly symmetric. ValueError without samples."""
+        return self.lower(mirrored=True)
+
+    def lower(self, centred: bool = True, mirrored: bool = False) -> Tensor:
+        """(width, width) float64: the covariance in its lower triangle, zeros or, `mirrored`, the same above it.
+
+        centred: False for the mean products of the variables as they are. Columns lie together in memory, as LAPACK has
+        it, and nothing of this size is made beside it. ValueError without samples.
+        """
         if self.count == 0:
             raise ValueError("covariance: expected at least one sample, got none; call update first")
         self._sums.flush()
-        return _dense(self._sums.gram, self._sums.vectors, self.width, 1, self._sums.block, self.count)
+        offset = None if centred else self.mean
+        sums = self._sums
+        return _dense(sums.gram, sums.vectors, self.width, sums.block, self.count, offset, mirrored).T
 
 
 def joint_covariance(statistics: Covariance) -> tuple[Tensor, Tensor]:
@@ -61,17 +73,40 @@ def joint_covariance(statistics: Covariance) -> tuple[Tensor, Tensor]:
         raise ValueError('statistics: expected scope "full", got "cross"; calibrate with scope="full"')
     mean = statistics.mean.reshape(-1).double()
     state = statistics.state_dict()
-    matrix = _dense(
-        state["gram"], state["vectors"], statistics.width, statistics.models, state["block"], statistics.count
-    )
-    return mean, matrix
+    units, block = statistics.width * statistics.models, state["block"]
+    return mean, _dense(state["gram"], state["vectors"], units, block, statistics.count, None, True)
 
 
-def _dense(gram: Tensor, vectors: Tensor, width: int, models: int, block: int, count: int) -> Tensor:
-    if block:
-        gram, vectors = relayout(gram, vectors, width, models, False, block, 0)
-    totals = vectors[2] / count
-    upper = gram.double() / count
-    upper = (upper - torch.outer(totals, totals)) / torch.outer(vectors[1], vectors[1])
-    # Of the blocks only those on and above the diagonal are summed.
-    return upper.triu() + upper.triu(1).T
+def _dense(
+    gram: Tensor, vectors: Tensor, units: int, block: int, count: int, mean: Tensor | None, mirrored: bool
+) -> Tensor:
+    """(units, units) float64, rows together: covariances, plus the products of `mean`, above the diagonal or all."""
+    vectors = vectors[:, :units]
+    result = torch.zeros(units, units, dtype=torch.float64, device=gram.device)
+    for first, sums in _bands(gram, units, block):
+        last = first + len(sums)
+        totals = vectors[2] / count
+        band = sums.double() / count - torch.outer(totals[first:last], totals[first:])
+        band /= torch.outer(vectors[1, first:last], vectors[1, first:])
+        if mean is not None:
+            band += torch.outer(mean[first:last], mean[first:])
+        square = band[:, : len(sums)]
+        square.copy_(square.triu() + square.triu(1).T if mirrored else square.triu())
+        result[first:last, first:] = band
+        if mirrored:
+            result[last:, first:last] = band[:, len(sums) :].T
+    return result
+
+
+def _bands(gram: Tensor, units: int, block: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, sums of some rows from that column on) of accumulators in blocks, or of a dense matrix (block 0)."""
+    size, at = block or 512, 0
+    for first in range(0, units, size):
+        rows = min(size, units - first)
+        if not block:
+            yield first, gram[first : first + rows, first:units]
+            continue
+        blocks = -(-(units - first) // size)
+        band = gram[at : at + blocks].permute(1, 0, 2).reshape(size, -1)
+        at += blocks
+        yield first, band[:rows, : units - first]

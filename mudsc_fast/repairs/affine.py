@@ -26,15 +26,11 @@ def change(
     Without a batch norm or a bias, `shift` must be 0.
     """
     weight = net.get_parameter(call.weight)
-    w = weight.data.double()
-    column = (-1,) + (1,) * (w.dim() - 1)
+    column = (-1,) + (1,) * (weight.dim() - 1)
     if call.norm is None:
-        w = w * scale.reshape(column) + (0 if extra is None else extra)
-        weight.data.copy_(w)
-        if call.bias is not None:
-            bias = net.get_parameter(call.bias)
-            bias.data.copy_(bias.data.double() * scale + shift)
+        change_rows(net, call, 0, scale, shift, extra)
         return
+    w = weight.data.double()
     norm = net.get_submodule(call.norm)
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
         raise TypeError(f"{call.norm}: expected a batch norm with running statistics, got {type(norm).__name__}")
@@ -55,3 +51,17 @@ def change(
     norm.running_var.copy_(plain_variance)
     norm.weight.data.copy_(new_gain * (plain_variance + norm.eps).sqrt())
     norm.bias.data.copy_(constant + new_gain * (plain_mean - offset))
+
+
+def change_rows(
+    net: nn.Module, call: Call, first: int, scale: Tensor, shift: Tensor, extra: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`change` of the rows from `first` on, as many as `scale` has, without a batch norm; gives them and their bias."""
+    weight = net.get_parameter(call.weight).data[first : first + len(scale)]
+    column = (-1,) + (1,) * (weight.dim() - 1)
+    weight.copy_(weight.double() * scale.reshape(column) + (0 if extra is None else extra))
+    if call.bias is None:
+        return weight, None
+    bias = net.get_parameter(call.bias).data[first : first + len(scale)]
+    bias.copy_(bias.double() * scale + shift)
+    return weight, bias

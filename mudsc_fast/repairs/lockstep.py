@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mudsc_fast.batches import evaluation, home
 from mudsc_fast.progress import Progress, bar
+from mudsc_fast.repairs.resting import Rest
 from mudsc_fast.repairs.units import Rows, rows_of
 from mudsc_fast.repairs.walking import Call, Walk
 
@@ -26,7 +29,8 @@ class Layer:
 
     calls: the merged net's Call of every batch. parents: for every batch, the parents' Calls. rows: how their outputs
     correspond. merged: the merged net. last: the output is the model's own. token, alone: the position of the sequence
-    that the model goes on with, if any, and whether nothing else counts from here on.
+    that the model goes on with, if any, and whether nothing else counts from here on. rest: where the Calls' tensors
+    lie; they can be read inside `each`, `targets` and `outputs` alone, each batch's while it is its turn.
     """
 
     merged: nn.Module
@@ -35,6 +39,7 @@ class Layer:
     rows: Rows
     token: int | None
     alone: bool
+    rest: Rest | None = None
 
     @property
     def weight(self) -> str:
@@ -44,19 +49,43 @@ class Layer:
     def last(self) -> bool:
         return self.rows.free
 
+    def each(self, change: bool = False) -> Iterator[tuple[Call, list[Call]]]:
+        """Every batch's Calls of the merged net and the parents, in memory; change: the merged net's y is written."""
+        for call, parents in zip(self.calls, self.parents, strict=True):
+            with nullcontext() if self.rest is None else self._brought(call, () if change else parents, change):
+                yield call, parents
+
     def targets(self) -> Iterator[tuple[Call, Tensor]]:
         """For every batch the merged net's Call and what its output should be, by the parents.
 
         Where the output is about to be added to something, what it is to be added to is counted as it is, with the
-        errors it has by now.
+        errors it has by now. Half precision is widened, so that its rounding does not count as an error of the merge.
         """
         dim = self.calls[0].dim
-        for call, parents in zip(self.calls, self.parents, strict=True):
+        for call, parents in self.each():
             if call.skip is None:
-                yield call, self.rows.expected([p.y for p in parents], dim)
+                yield call, self.rows.expected([_single(p.y) for p in parents], dim)
             else:
-                sums = [p.y if p.skip is None else p.y + p.skip for p in parents]
-                yield call, self.rows.expected(sums, dim) - call.skip
+                sums = [_single(p.y) if p.skip is None else _single(p.y) + _single(p.skip) for p in parents]
+                yield call, self.rows.expected(sums, dim) - _single(call.skip)
+
+    def outputs(self, parent: int | None = None) -> Iterator[Tensor]:
+        """The merged layer's output of every batch, or a parent's."""
+        for call, parents in zip(self.calls, self.parents, strict=True):
+            of = call if parent is None else parents[parent]
+            with nullcontext() if self.rest is None else self.rest.present([of.y]):
+                yield of.y
+
+    @contextmanager
+    def _brought(self, call: Call, parents: Sequence[Call], change: bool) -> Iterator[None]:
+        tensors = [call.x, *(x for c in (call, *parents) for x in (c.y, c.skip) if x is not None)]
+        if self.rest is not None:
+            with self.rest.present(tensors, [call.y] if change else ()):
+                yield
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def walk_layers(
@@ -67,11 +96,13 @@ def walk_layers(
     work: Callable[[Layer], None],
     what: str = "repairing",
     progress: Progress = False,
+    spill: str | Path | None = None,
 ) -> int:
     """Run the parents and the merged net over all batches at once and call `work` at every layer, in order.
 
     `work` may change the layer's parameters in `merged` and must then change the outputs `call.y` in place. Layers that
     are called more than once, or share their weight with another part of the model, are passed over.
+    spill: a folder for a file of the activations that no pass needs just now; None: they stay in memory.
     Returns the number of layers worked on.
     """
     batches = list(batches)
@@ -86,7 +117,11 @@ def walk_layers(
         rows = {weight: rows_of(plan, weight, shapes[weight]) for weight in once}
         # A norm whose units belong to no space has nothing that could be repaired.
         rows = {w: None if len(shapes[w]) == 1 and w not in plan.spec.entries else r for w, r in rows.items()}
-        with _walking(networks, batches, named) as walks, bar(what, len(once), progress) as steps:
+        with (
+            _resting(spill) as rest,
+            _walking(networks, batches, named, rest) as walks,
+            bar(what, len(once), progress) as steps,
+        ):
             while True:
                 events = [[walk.step() for walk in batch] for batch in walks]
                 names = {None if call is None else call.weight for batch in events for call in batch}
@@ -98,22 +133,35 @@ def walk_layers(
                 found = rows[calls[0][0].weight]
                 if found is not None:
                     alone = token is not None and attention > 0 and calls[0][0].attended >= attention
-                    layer = Layer(merged, [c[0] for c in calls], [c[1:] for c in calls], found, token, alone)
+                    layer = Layer(merged, [c[0] for c in calls], [c[1:] for c in calls], found, token, alone, rest)
                     work(layer)
                     done += 1
                 steps.advance()
 
 
 @contextmanager
+def _resting(spill: str | Path | None) -> Iterator[Rest | None]:
+    rest = None if spill is None else Rest(spill)
+    try:
+        yield rest
+    finally:
+        if rest is not None:
+            rest.close()
+
+
+@contextmanager
 def _walking(
-    networks: Sequence[nn.Module], batches: Sequence[Any], named: Sequence[tuple[dict[int, str], dict[int, str]]]
+    networks: Sequence[nn.Module],
+    batches: Sequence[Any],
+    named: Sequence[tuple[dict[int, str], dict[int, str]]],
+    rest: Rest | None,
 ) -> Iterator[list[list[Walk]]]:
     walks: list[list[Walk]] = []
     try:
         for batch in batches:
             walks.append([])
             for net, (layers, norms) in zip(networks, named, strict=True):
-                walks[-1].append(Walk(net, batch, home(net), layers, norms))
+                walks[-1].append(Walk(net, batch, home(net), layers, norms, rest))
         yield walks
     finally:
         for row in walks:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mudsc_fast.arguments import check_share
-from mudsc_fast.moments import Moments
 from mudsc_fast.progress import Progress
-from mudsc_fast.repairs.affine import can_shift, change
+from mudsc_fast.repairs.affine import can_shift, change, change_rows
 from mudsc_fast.repairs.lockstep import Layer, walk_layers
+from mudsc_fast.repairs.regression import PRODUCTS, Inputs, Products
 from mudsc_fast.repairs.rescaling import rescale, spread
 from mudsc_fast.repairs.samples import as_weight, samples
 from mudsc_fast.repairs.targets import Target, last_target
@@ -36,6 +37,7 @@ def refit(
     token_weight: int = 10,
     part: str = "all",
     progress: Progress = False,
+    spill: str | Path | None = None,
 ) -> int:
     """Solve every linear layer and convolution of the merged net for the parents' outputs there, in place; no labels.
 
@@ -43,18 +45,22 @@ def refit(
         inputs as for `calibrate`, all read at once; activations at one layer of all nets are held, and one Gram matrix.
     plan: which units belong together. heads: one (classes, features) matrix a model, for output "heads".
     output: what the model's own outputs are solved for: "mean" of the parents'; "unit", their mean at unit length,
-    times their mean
-        length; or "heads", the outputs in which every head reads what it reads in its own parent, at unit length.
+        times their mean length; or "heads", the outputs in which every head reads what it reads in its own parent, at
+        unit length.
     ridge: share of the inputs' mean variance that is added to the Gram matrix. token_weight: how often the token counts
-        that a model goes on with alone (the class token). part: "all", "last" (the
-        model's own outputs alone) or "inner" (all but these).
+        that a model goes on with alone (the class token). part: "all", "last" (the model's own outputs alone) or
+        "inner" (all but these).
+    spill: a folder for a file in which activations lie while no pass needs them: memory then holds one batch's beside
+        the models and one layer's matrices. The file has no name there and is gone with the process. Give one on a
+        disk: what lies in a file system in memory is not saved.
 
     Layers are taken in order: T is the mean of the members' outputs in the parents, R = T - (W X + b), X what the
     merged net's solved layers give; W grows by <R X'> (<X X'> + ridge)^-1. Before that a layer is rescaled as in
     `repair`. If the output is added to a stream, T contains the stream's error so far. Only means and covariances are
-    kept. Because the correction is solved for and not W, a net merged with itself stays as it is (not with output
-    "heads"). A batch norm is solved together with the layer before it; its running statistics are made true. Group and
-    layer norms have every unit's factor and shift solved by themselves.
+    kept; layers that read the same tensor share one factor. Because the correction is solved for and not W, a net
+    merged with itself stays as it is (not with output "heads"). A batch norm is solved together with the layer before
+    it; its running statistics are made true. Group and layer norms have every unit's factor and shift solved by
+    themselves.
 
     Returns the number of layers solved. Raises ValueError for no batches, activations that are not finite, models that
     run different layers, heads that do not fit the model's output. Source: docs/quality.md.
@@ -64,52 +70,100 @@ def refit(
         raise ValueError(f"token_weight: expected an integer >= 1, got {token_weight!r}")
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
-    target = last_target(output, heads, len(list(models)))
+    solver = _Solver(ridge, token_weight, last_target(output, heads, len(list(models))))
     solved = 0
 
     def work(layer: Layer) -> None:
         nonlocal solved
         if layer.last and part != "inner":
-            solved += _solve(layer, ridge, token_weight, target)
+            solved += solver.solve(layer)
         elif not layer.last and part != "last":
             changed = rescale(layer)
-            solve = _solve if layer.calls[0].each is None else _solve_each
-            solved += solve(layer, ridge, token_weight, None) or changed
+            solved += (solver.solve(layer) if layer.calls[0].each is None else _solve_each(layer, ridge)) or changed
 
-    walk_layers(merged, models, batches, plan, work, "refitting", progress)
+    walk_layers(merged, models, batches, plan, work, "refitting", progress, spill)
     return solved
 
 
-def _solve(layer: Layer, ridge: float, token_weight: int, target: Target | None) -> bool:
-    call = layer.calls[0]
-    if call.groups != 1 or call.padding is None:
-        return False
-    if target is not None:
-        layer = target.applied(layer)
+class _Solver:
+    """Solves layers one after another, and keeps the factor of their inputs for those that read the same."""
+
+    def __init__(self, ridge: float, token_weight: int, target: Target) -> None:
+        self._ridge, self._token_weight, self._target = ridge, token_weight, target
+        self._inputs: Inputs | None = None
+
+    def solve(self, layer: Layer) -> bool:
+        """Whether the layer was changed."""
+        call = layer.calls[0]
+        if call.groups != 1 or call.padding is None:
+            return False
+        if layer.last:
+            layer = self._target.applied(layer)
+        weight = layer.merged.get_parameter(call.weight)
+        outputs, width = weight.shape[0], weight[0].numel()
+        about = (width, can_shift(call))
+        if self._inputs is None or not self._inputs.fit(layer, about):
+            self._inputs = None  # the old one is not kept beside the new one
+            known = None if call.kernel or layer.token is not None else sum(c.x.numel() // width for c in layer.calls)
+            self._inputs = Inputs(*about, call.y.device, known)
+        # A batch norm is changed with all outputs at once; its layers are convolutions, and small.
+        block = outputs if call.norm is not None else min(outputs, max(1, PRODUCTS // width))
+        for first in range(0, outputs, block):
+            products = self._products(layer, first, min(block, outputs - first), first == 0)
+            if products is None:
+                return False
+            extra, shift = self._inputs.solve(products)
+            _change(layer, first, as_weight(extra, weight), shift)
+        return True
+
+    def _products(self, layer: Layer, first: int, count: int, check: bool) -> Products | None:
+        """<R X'> of some outputs, and the inputs' factor where it is not there yet; None if nothing is missing."""
+        call, known = layer.calls[0], self._inputs
+        if known is None:
+            return None
+        outputs = layer.merged.get_parameter(call.weight).shape[0]
+        products = Products(count, known, call.y.device)
+        missing, rows, size = 0.0, 0, 0.0
+        for x, r in samples(layer, known.width + outputs, self._token_weight, seed=outputs):
+            known.add(x)
+            products.add(x, r[:, first : first + count])
+            missing += float(torch.linalg.vector_norm(r, dtype=torch.float64)) ** 2 if check else 0.0
+            rows += r.numel()
+        if check:
+            if not math.isfinite(missing):
+                raise ValueError(f"batches: inputs or outputs of {call.weight!r} are NaN or infinite")
+            norms = (float(torch.linalg.vector_norm(y, dtype=torch.float64)) ** 2 / y.numel() for y in layer.outputs())
+            size = sum(norms) / len(layer.calls)
+            if missing / max(rows, 1) <= _NEGLIGIBLE**2 * max(size, 1e-30):
+                self._inputs = None
+                return None
+        if not known.ready:
+            known.factorise(self._ridge)
+            known.remember(layer, (known.width, known.constant))
+        return products
+
+
+def _change(layer: Layer, first: int, step: Tensor, shift: Tensor) -> None:
+    """Add the step to the weight's rows from `first` on, and what it gives to the layer's outputs of every batch."""
+    call, count = layer.calls[0], len(step)
     weight = layer.merged.get_parameter(call.weight)
-    outputs, inputs = weight.shape[0], weight[0].numel()
-    moments = Moments(inputs + outputs, call.y.device)
-    missing, count = 0.0, 0
-    for x, r in samples(layer, inputs + outputs, token_weight, seed=outputs):
-        moments.update(torch.cat((x, r.to(x.dtype)), 1))
-        missing += float(r.double().square().sum())
-        count += r.numel()
-    if not math.isfinite(missing):
-        raise ValueError(f"batches: inputs or outputs of {call.weight!r} are NaN or infinite")
-    size = sum(float(c.y.double().square().mean()) for c in layer.calls) / len(layer.calls)
-    if missing / max(count, 1) <= _NEGLIGIBLE**2 * max(size, 1e-30):
-        return False
-    extra, shift = _regression(moments, inputs, ridge, can_shift(call))
-    step = as_weight(extra, weight)
+    rows: tuple[Tensor, Tensor | None] | None = None
+    if call.norm is None:
+        rows = change_rows(layer.merged, call, first, torch.ones_like(shift), shift, step)
     narrow, constant = step.to(weight.dtype), shift.to(weight.dtype)
-    for each in layer.calls:
-        each.y += each.apply(each.x, narrow, constant)
-    statistics = spread([c.y for c in layer.calls], call.dim)
-    change(layer.merged, call, torch.ones_like(shift), shift, step, statistics)
-    return True
+    exact = weight.dtype in (torch.float32, torch.float64)
+    for each, _ in layer.each(change=True):
+        y = each.y.narrow(each.dim, first, count)
+        if rows is None or exact:
+            y += each.apply(each.x, narrow, constant)
+        else:
+            # Half precision rounds the changed weights: go on with what they really give.
+            y.copy_(each.apply(each.x, *rows))
+    if call.norm is not None:
+        change(layer.merged, call, torch.ones_like(shift), shift, step, spread(layer.outputs(), call.dim))
 
 
-def _solve_each(layer: Layer, ridge: float, token_weight: int, target: Target | None) -> bool:
+def _solve_each(layer: Layer, ridge: float) -> bool:
     """The same for a norm's own parameters: every unit's factor and shift by themselves."""
     call = layer.calls[0]
     count, sums = 0, torch.zeros(4, call.y.shape[call.dim], dtype=torch.float64, device=call.y.device)
@@ -128,24 +182,7 @@ def _solve_each(layer: Layer, ridge: float, token_weight: int, target: Target | 
         return False
     shape = [1] * call.y.dim()
     shape[call.dim] = -1
-    for each in layer.calls:
+    for each, _ in layer.each(change=True):
         each.y.mul_((1 + factor).to(each.y).reshape(shape)).add_(shift.to(each.y).reshape(shape))
     change(layer.merged, call, 1 + factor, shift, None, (y, variance))
     return True
-
-
-def _regression(moments: Moments, inputs: int, ridge: float, constant: bool) -> tuple[Tensor, Tensor]:
-    """(outputs, inputs) and (outputs,) float64: the ridge regression of the last variables on the first `inputs`."""
-    covariance, mean = moments.covariance(), moments.mean
-    if not constant:
-        covariance = covariance + torch.outer(mean, mean)
-    gram = covariance[:inputs, :inputs]
-    level = float(gram.diagonal().mean())
-    # A layer whose inputs are all constant has nothing to regress on; its mean can still be set.
-    gram = gram + torch.eye(inputs, dtype=gram.dtype, device=gram.device) * (ridge * level + 1e-12 * max(level, 1e-30))
-    factor = torch.linalg.cholesky(gram) if level > 0 else torch.eye(inputs, dtype=gram.dtype, device=gram.device)
-    slope = (
-        torch.cholesky_solve(covariance[:inputs, inputs:], factor).T if level > 0 else covariance[inputs:, :inputs] * 0
-    )
-    shift = mean[inputs:] - slope @ mean[:inputs] if constant else torch.zeros_like(mean[inputs:])
-    return slope, shift

@@ -59,21 +59,21 @@ def rescale(layer: Layer) -> bool:
         return False
     shape = [1] * call.y.dim()
     shape[call.dim] = -1
-    for each in layer.calls:
+    for each, _ in layer.each(change=True):
         each.y.mul_(scale.to(each.y).reshape(shape)).add_(shift.to(each.y).reshape(shape))
-    change(layer.merged, call, scale, shift, None, spread([c.y for c in layer.calls], call.dim))
+    change(layer.merged, call, scale, shift, None, spread(layer.outputs(), call.dim))
     return True
 
 
 def _factors(layer: Layer) -> tuple[Tensor | None, Tensor | None]:
     call = layer.calls[0]
-    mean, variance = spread([c.y for c in layer.calls], call.dim)
+    mean, variance = spread(layer.outputs(), call.dim)
     added = call.skip is not None
     if added:
         wanted = _mean((t for _, t in layer.targets()), call.dim)
         scale = torch.ones_like(mean)
     else:
-        each = [spread([p[m].y for p in layer.parents], call.dim) for m in range(len(layer.parents[0]))]
+        each = [spread(layer.outputs(m), call.dim) for m in range(len(layer.parents[0]))]
         wanted = layer.rows.mean_of(torch.stack([m for m, _ in each]))
         deviation = layer.rows.mean_of(torch.stack([v.sqrt() for _, v in each]))
         dead = variance.sqrt() <= _DEAD * (variance + mean.square()).sqrt()

@@ -42,7 +42,7 @@ def as_weight(slope: Tensor, weight: Tensor) -> Tensor:
     """Coefficients of the columns of `patches` or of plain inputs, (outputs, inputs), in the weight's shape."""
     if weight.dim() == 2:
         return slope
-    return slope.reshape(len(weight), *weight.shape[2:], weight.shape[1]).movedim(-1, 1).contiguous()
+    return slope.reshape(len(slope), *weight.shape[2:], weight.shape[1]).movedim(-1, 1).contiguous()
 
 
 def at(values: Tensor, call: Call, positions: Tensor | None) -> Tensor:
@@ -74,14 +74,17 @@ def samples(layer: Layer, wide: int, weight: int, seed: int) -> Iterator[tuple[T
             yield patches(call, positions), at(residual, call, positions)
             continue
         x, r = call.x, residual
-        if layer.token is not None and x.dim() == 3 and x.shape[1] > 1:
-            token = slice(layer.token, layer.token + 1 or None)
-            if layer.alone:
-                x, r = x[:, token], r[:, token]
-            elif weight > 1:
-                x = torch.cat((x, x[:, token].expand(-1, weight - 1, -1)), 1)
-                r = torch.cat((r, r[:, token].expand(-1, weight - 1, -1)), 1)
-        yield x.reshape(-1, x.shape[-1]), r.reshape(-1, r.shape[-1])
+        yield _rows(x, layer, weight), _rows(r, layer, weight)
+
+
+def _rows(values: Tensor, layer: Layer, weight: int) -> Tensor:
+    if layer.token is not None and values.dim() == 3 and values.shape[1] > 1:
+        token = slice(layer.token, layer.token + 1 or None)
+        if layer.alone:
+            values = values[:, token]
+        elif weight > 1:
+            values = torch.cat((values, values[:, token].expand(-1, weight - 1, -1)), 1)
+    return values.reshape(-1, values.shape[-1])
 
 
 def _product(sizes: tuple[int, ...] | torch.Size) -> int:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mudsc_fast.batches import feed
+from mudsc_fast.repairs.resting import Rest, tensors_in
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2}
@@ -72,13 +73,21 @@ class Walk:
     """One forward pass of a model on one batch, stopped at its layers.
 
     `step()` runs to the next layer and gives its Call, or None at the end. What is written into `call.y` in place
-    before the next `step()` is what the rest of the pass sees.
+    before the next `step()` is what the rest of the pass sees. With `rest`, what the pass holds lies in its file
+    between two steps; the Call's tensors too, for which `rest.present` is there.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Any, device: torch.device, layers: Mapping[int, str], norms: Mapping[int, str]
+        self,
+        model: nn.Module,
+        batch: Any,
+        device: torch.device,
+        layers: Mapping[int, str],
+        norms: Mapping[int, str],
+        rest: Rest | None = None,
     ) -> None:
-        self._mode = _Watch(layers, norms, self._pause)
+        self._mode = _Watch(layers, norms, self._pause, rest)
+        self._rest = rest
         self._model, self._batch, self._device = model, batch, device
         self._go, self._ready = threading.Semaphore(0), threading.Semaphore(0)
         self._event: Call | None = None
@@ -94,6 +103,9 @@ class Walk:
         self._ready.acquire()
         if self._error is not None:
             raise self._error
+        if self._rest is not None:
+            leave = self._rest.finished if self._event is None else self._rest.put_away
+            leave(id(self._mode))
         return self._event
 
     def close(self) -> None:
@@ -138,9 +150,11 @@ class Walk:
 class _Watch(TorchFunctionMode):
     """Finds layers, follows their outputs to whoever reads them first, and pauses there."""
 
-    def __init__(self, layers: Mapping[int, str], norms: Mapping[int, str], pause: Callable[[Call], None]) -> None:
+    def __init__(
+        self, layers: Mapping[int, str], norms: Mapping[int, str], pause: Callable[[Call], None], rest: Rest | None
+    ) -> None:
         super().__init__()
-        self._layers, self._norms, self._pause = layers, norms, pause
+        self._layers, self._norms, self._pause, self._rest = layers, norms, pause, rest
         self._pending: dict[int, Call] = {}
         self.token: int | None = None
         self.attended = 0
@@ -153,7 +167,7 @@ class _Watch(TorchFunctionMode):
         if name in _METADATA:
             return func(*args, **kwargs)
         if func in _PASSING and args and id(args[0]) in self._pending:
-            result = func(*args, **kwargs)
+            result = self._run(func, args, kwargs)
             if result is args[0]:
                 return result
         if self._pending:
@@ -161,15 +175,24 @@ class _Watch(TorchFunctionMode):
             if norm is not None and id(args[0]) in self._pending and self._pending[id(args[0])].norm is None:
                 call = self._pending.pop(id(args[0]))
                 call.norm = norm
-                return self._wait(call, func(*args, **kwargs))
+                return self._wait(call, self._run(func, args, kwargs))
             self._settle(func, args, kwargs)
         if func is F.scaled_dot_product_attention or func in (torch.softmax, F.softmax, Tensor.softmax):
             self.attended += 1
         if func is Tensor.__getitem__:
             self._note_token(*args)
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         found = self._layer(func, args, kwargs, result)
         return result if found is None else self._wait(found, result)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._rest is None:
+            return func(*args, **kwargs)
+        given = tensors_in((args, kwargs))
+        self._rest.before(given)
+        result = func(*args, **kwargs)
+        self._rest.after(id(self), given, tensors_in(result))
+        return result
 
     def _wait(self, call: Call, y: Tensor) -> Tensor:
         call.y = y
@@ -178,7 +201,7 @@ class _Watch(TorchFunctionMode):
 
     def _settle(self, func: Any, args: Any, kwargs: Any) -> None:
         """Pause for the layers whose outputs this call reads."""
-        read = [call for x in _tensors((args, kwargs)) if (call := self._pending.get(id(x))) is not None]
+        read = [call for x in tensors_in((args, kwargs)) if (call := self._pending.get(id(x))) is not None]
         if not read:
             return
         pair = [x for x in args[:2] if isinstance(x, Tensor)]
@@ -263,13 +286,3 @@ def _pair(value: Any, dims: int) -> tuple[int, ...]:
 
 def _named(names: tuple[str, ...], args: Any, kwargs: Any) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [x for item in value for x in _tensors(item)]

@@ -34,6 +34,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format, codespell"
 	@echo "make bench     benchmarks against peers"
 	@echo "make scale     two checkpoints of Llama-3-8B's width merged within 4 GB, a space of width 57,344 aligned within 8; needs 8 GB of disk and some minutes"
+	@echo "make refit-scale  a refit of one decoder layer of that width; needs 8 GB of memory and some minutes"
 	@echo "make prove     the GPU kernels without a GPU, with fresh inputs (SEED=n): build/prove/kernels.json"
 	@echo "make gpu       tests, sanitizers, tuning, benchmarks on a GPU, within nine minutes; says so where there is none"
 	@echo "make docs      the documentation as a site, in out/site"
@@ -105,6 +106,9 @@ scale: $(PACKAGE) $(STAMPS)/with-hf $(STAMPS)/with-plot
 	$(PY) -m benchmarks.wide_assignment --json benchmarks/results/wide-assignment.json
 	$(PY) -m benchmarks.wide_activations --json benchmarks/results/wide-activations.json
 	$(PY) -m benchmarks.scale_document
+
+refit-scale: $(PACKAGE) $(STAMPS)/with-hf $(STAMPS)/with-demo
+	$(PY) -m benchmarks.refit_scale $(ARGS)
 
 # A draws inputs and schedules from SEED; B reads the machine code. Both end within five minutes on two cores.
 SEED ?= 0

@@ -15,6 +15,8 @@ from mudsc_fast.cli import huggingface, options, processes, work
 from mudsc_fast.cli.card import model_card
 from mudsc_fast.cli.progress import track
 from mudsc_fast.cli.recording import Note, check_run_folder, recorded
+from mudsc_fast.cli.refitting import Refit, Refitted
+from mudsc_fast.cli.refitting import refit as refit_options
 from mudsc_fast.cli.specs import find_spec
 from mudsc_fast.cli.verifying import check_law
 
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
     from mudsc_fast.workplan import WorkPlan
 
     States = Sequence[Checkpoint] | Sequence[StackedCheckpoint]
+
+
+# Options that do not decide the result, or that are told apart.
+_UNRECORDED = {
+    "checkpoints", "output", "resume", "dry_run", "max_memory", "force", "save_plan", "record", "verify", "refit",
+}  # fmt: skip
 
 
 class Stream(Protocol):
@@ -65,6 +73,7 @@ class Request:
     record: Path | None = None
     verify: bool = True
     split_hubs: bool = False
+    refit: Refit | None = None
 
     def check_usage(self) -> None:
         """Refuse options that contradict each other, before anything is opened."""
@@ -210,6 +219,7 @@ _running = options.together(
     metavar="N|SHARE",
     help="With zip: merged units of each space, or a share of its width such as 1.5.",
 )
+@refit_options
 @_record
 @_running
 def merge(**given: Any) -> None:
@@ -223,6 +233,8 @@ def merge(**given: Any) -> None:
       mudsc-fast merge a.safetensors b.safetensors -o merged.safetensors
     Weights and activations, units also merged inside a model:
       mudsc-fast merge a b -o merged --method zip --stats stats.safetensors
+    Hugging Face folders, every layer solved afterwards on lines of text:
+      mudsc-fast merge a/ b/ -o merged --refit --text lines.txt
     Find the match once, then try shares:
       mudsc-fast merge a b -o m1 --save-plan plan.safetensors
       mudsc-fast merge a b -o m2 --plan plan.safetensors --weights 1,0.5
@@ -234,11 +246,15 @@ def merge(**given: Any) -> None:
     BatchNorm's running statistics are averaged like weights. They do not fit the merged network: recompute them from
     data with mudsc_fast.reset_batchnorm.
     """
-    request = Request(**given)
+    refit = Refit.taken(given)
+    request = Request(**given, refit=refit if refit.refit else None)
     request.check_usage()
+    refit.check_usage(request.method, request.weights, request.width)
     start = time.perf_counter()
     device = options.as_device(request.device)
     world = processes.join()
+    if world is not None and refit.refit:
+        raise click.UsageError("--refit: one process alone; start it without torchrun")
     request.check_outputs()
     if request.dry_run:
         return _prepare(request, device, world).show()
@@ -261,6 +277,9 @@ def _merge(request: Request, device: torch.device, note: Note, world: World | No
         plan, about = _plan(job)
         stream = partial(plan.merge_pieces, job.states, request.weights, job.piece)
         layout = _merged_layout(plan, job.layout)
+        if request.refit is not None:
+            stream = Refitted(request.refit, job.states, job.opened, plan, device)
+            about["refit"] = ", ".join(f"{key} {value}" for key, value in request.refit.described().items())
     if request.weights is not None:
         about["weights"] = ",".join(f"{w:g}" for w in request.weights)
     note(about, plan)
@@ -317,6 +336,7 @@ class Job:
     ahead: WorkPlan | None
     kept: work.Resumption
     world: World | None
+    opened: list[Checkpoint]
 
     @property
     def layout(self) -> dict[str, TensorInfo]:
@@ -365,17 +385,22 @@ def _prepare(request: Request, device: torch.device, world: World | None) -> Job
         plan = plan_work(
             spec, layout, len(states), request.method, limit, balance, output=output, matching=given is None
         )
+    if request.refit is not None:
+        request.refit.check_memory(layout, len(states), limit)
     files = [file for state in states for file in state.files]
     options_given = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(request).items()
-        if name
-        not in ("checkpoints", "output", "resume", "dry_run", "max_memory", "force", "save_plan", "record", "verify")
+        if name not in _UNRECORDED
     }
-    inputs = work.files_of([*files, request.stats, request.plan_from])
+    if request.refit is not None:
+        options_given["refit"] = request.refit.described()
+    inputs = work.files_of(
+        [*files, request.stats, request.plan_from, None if request.refit is None else request.refit.text]
+    )
     about = {"inputs": inputs, "processes": 1 if world is None else world.size, **options_given}
     kept = work.Resumption(request.resume and not request.dry_run, request.output, about, world)
-    return Job(request, device, states, spec, given, limit, plan, kept, world)
+    return Job(request, device, states, spec, given, limit, plan, kept, world, opened)
 
 
 def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:

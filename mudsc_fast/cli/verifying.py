@@ -93,7 +93,7 @@ def _law_of_own(spec: PermutationSpec, checkpoint: Any) -> tuple[float, str]:
     from mudsc_fast.specs import example_inputs
 
     model: nn.Module = huggingface.load_model(checkpoint).float()
-    spec = _in_network(spec, model, checkpoint)
+    spec = in_network(spec, model, checkpoint)
     inputs = example_inputs(model)
     change = spec.verify(model, inputs, each=False)
     if change <= TOLERANCE:
@@ -103,7 +103,7 @@ def _law_of_own(spec: PermutationSpec, checkpoint: Any) -> tuple[float, str]:
     return change, f"; by {', '.join(broken[:5])}" + (" and others" if len(broken) > 5 else "")
 
 
-def _in_network(spec: PermutationSpec, model: nn.Module, checkpoint: Any) -> PermutationSpec:
+def in_network(spec: PermutationSpec, model: nn.Module, checkpoint: Any) -> PermutationSpec:
     """The spec by the network's names, all those of a tied tensor."""
     names = huggingface.names_on_disk(model, checkpoint) or {name: name for name in model.state_dict()}
     back: dict[str, list[str]] = {}

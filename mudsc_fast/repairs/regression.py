@@ -6,7 +6,9 @@ matrix of the inputs is factorised in place, in float64, and what layers that re
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +19,13 @@ from mudsc_fast.repairs.lockstep import Layer
 # Entries of <R X'> that are made at once: 256 MiB in float64, and half of it beside them.
 PRODUCTS = 2**25
 _SAMPLES = 512  # multiplied in float32 before they are added up
+
+
+def matrix_bytes(shape: Sequence[int]) -> int:
+    """Most memory that the regression of a layer with a weight of this shape takes, beside its activations."""
+    width = math.prod(shape[1:])
+    # Sums of the upper half and the whole matrix; products in float64 and in float32.
+    return 12 * width * width + 12 * min(shape[0] * width, max(PRODUCTS, width))
 
 
 class Inputs:

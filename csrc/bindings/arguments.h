@@ -82,6 +82,10 @@ class TensorArg {
   public:
     TensorArg(const py::handle& object, const char* name)
         : managed_(exported(object, name)), view_(managed_->tensor, name) {}
+    // Of an object that is known to be a plain tensor in the CPU's memory, and not to be read with the other sign.
+    static TensorArg of_plain(const py::handle& tensor, const char* name) {
+        return TensorArg(taken(Torch::to_dlpack(tensor)), name);
+    }
     TensorArg(TensorArg&& other) noexcept : managed_(other.managed_), view_(other.view_) { other.managed_ = nullptr; }
     TensorArg(const TensorArg&) = delete;
     TensorArg& operator=(const TensorArg&) = delete;
@@ -92,13 +96,18 @@ class TensorArg {
     const TensorView& operator*() const { return view_; }
 
   private:
+    TensorArg(dlpack::ManagedTensor* managed, const char* name) : managed_(managed), view_(managed->tensor, name) {}
+
     static dlpack::ManagedTensor* exported(const py::handle& object, const char* name) {
         const bool quick = is_cpu_tensor(object);
         if (!quick && !py::hasattr(object, "__dlpack__")) {
             throw py::type_error(std::string(name) + ": expected a tensor, got " +
                                  std::string(py::str(py::type::handle_of(object).attr("__name__"))));
         }
-        py::object capsule = quick ? to_dlpack(object) : object.attr("__dlpack__")();
+        return taken(quick ? to_dlpack(object) : object.attr("__dlpack__")());
+    }
+
+    static dlpack::ManagedTensor* taken(const py::object& capsule) {
         auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
         if (managed == nullptr) throw py::error_already_set();
         PyCapsule_SetName(capsule.ptr(), "used_dltensor");

@@ -91,7 +91,8 @@ bool regroup_plain(const py::handle& in_obj, const py::handle& labels_obj, int64
     if (!plain(in_obj) || !plain(labels_obj) || !plain(out_obj) || Torch::requires_grad(out_obj)) return false;
     if (!scale_obj.is_none() && !plain(scale_obj)) return false;
     if (Torch::dim(in_obj) > kMaxDims || Torch::dim(out_obj) > kMaxDims) return false;
-    TensorArg in(in_obj, "tensor"), labels(labels_obj, "labels"), out(out_obj, "out");
+    const TensorArg in = TensorArg::of_plain(in_obj, "tensor"), labels = TensorArg::of_plain(labels_obj, "labels");
+    const TensorArg out = TensorArg::of_plain(out_obj, "out");
     const bool summable =
         in->dtype == Dtype::f32 || in->dtype == Dtype::bf16 || in->dtype == Dtype::f16 || in->dtype == Dtype::f64;
     if (!summable || dim < -in->ndim || dim >= in->ndim || size < 0) return false;
@@ -103,9 +104,10 @@ bool regroup_plain(const py::handle& in_obj, const py::handle& labels_obj, int64
     }
     std::vector<double> scale;
     if (!scale_obj.is_none()) {
-        TensorArg given(scale_obj, "scale");
+        const TensorArg given = TensorArg::of_plain(scale_obj, "scale");
         if (given->ndim != 1 || given->shape[0] != size) return false;
         if (given->dtype != Dtype::f32 && given->dtype != Dtype::f64) return false;
+        scale.reserve(static_cast<size_t>(size));
         for (int64_t j = 0; j < size; ++j) {
             const int64_t at = j * given->strides[0];
             scale.push_back(given->dtype == Dtype::f64 ? given->as<double>()[at] : given->as<float>()[at]);

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kTaskBytes = 256 << 10;
 constexpr int64_t kStreamFromBytes = 8 << 20;  // at least; see cache_bytes
+constexpr int64_t kFarBytes = 4 << 20;         // from here on runs are asked for before they are read
 constexpr int64_t kBlockBytes = 2048;          // of a row, gathered in L1 before it is stored in whole lines
 constexpr int64_t kRowsInCache = 16 << 10;     // rows gathered at once must leave room in L1 for the index
 constexpr int64_t kTileUnits = 64 << 10;       // of an axis that is regrouped in tiles
@@ -38,6 +39,18 @@ struct Mover {
     void contiguous(T* out, const T* in, int64_t j0, int64_t j1, Ahead ahead) const {
         const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = p.l.inner * size;
         if (p.packed && p.near != nullptr && bytes <= 128) {
+            if (p.full) {
+                switch (bytes) {  // kernels of 3 x 3 and 5 x 5
+                    case 9: return move_exact<9>(out, in, p.near, j0, j1, ahead);
+                    case 18: return move_exact<18>(out, in, p.near, j0, j1, ahead);
+                    case 25: return move_exact<25>(out, in, p.near, j0, j1, ahead);
+                    case 36: return move_exact<36>(out, in, p.near, j0, j1, ahead);
+                    case 50: return move_exact<50>(out, in, p.near, j0, j1, ahead);
+                    case 72: return move_exact<72>(out, in, p.near, j0, j1, ahead);
+                    case 100: return move_exact<100>(out, in, p.near, j0, j1, ahead);
+                    default: break;
+                }
+            }
             const int64_t readable = p.in_units * p.l.inner;
             const auto move = bytes <= 16   ? move_short<16, T>
                               : bytes <= 32 ? move_short<32, T>
@@ -60,7 +73,8 @@ struct Mover {
                 copy_short(to, from, bytes);
             } else {
                 const bool more = first + 1 < p.a.ptr[p.l.units];
-                copy_run(to, from, bytes, p.stream, more ? reinterpret_cast<const char*>(in + p.at[first + 1]) : from);
+                const char* next = more ? reinterpret_cast<const char*>(in + p.at[first + 1]) : from;
+                copy_run(to, from, bytes, p.stream, p.far ? next : nullptr);
             }
         }
     }
@@ -113,10 +127,17 @@ struct Summer {
         if (p.packed && p.near != nullptr && p.l.inner <= kWide) {
             const int64_t readable = p.in_units * p.l.inner;
             const auto by = [this](int64_t j) { return factor(j); };
-            sum_short<T, Acc>(out, in, p.a.ptr, p.near, by, p.l.inner, readable, j0, j1, ahead);
+            sum_short<T>(out, in, p.a.ptr, p.near, by, p.l.inner, readable, j0, j1, ahead);
             return;
         }
         for (int64_t j = j0; j < j1; ++j) run(out + j * p.l.unit_out, in, j);
+    }
+
+    static auto pair(const T* x, const T* y) {
+        Sum<T, kLong<T>* static_cast<int>(sizeof(T))> sum;
+        sum.start(x);
+        sum.add(y);
+        return sum;
     }
 
     void run(T* out, const T* in, int64_t j) const {
@@ -125,13 +146,11 @@ struct Summer {
         if (last - first == 2) {
             // The usual zip, one unit of each model or two of one: no detour through a buffer.
             const T *x = in + p.at[first], *y = in + p.at[first + 1];
+            const int64_t whole = p.l.inner / kLong<T> * kLong<T>;
             int64_t k = 0;
-            for (; k + LongSum<T>::kCount <= p.l.inner; k += LongSum<T>::kCount) {
-                LongSum<T> sum;
-                sum.add(x + k);
-                sum.add(y + k);
-                sum.store(out + k, by);
-            }
+            bool again = false;
+            for (; k < whole; k += kLong<T>) again |= pair(x + k, y + k).quick(out + k, by);
+            for (int64_t i = 0; again && i < whole; i += kLong<T>) pair(x + i, y + i).exact(out + i, by);
             for (; k < p.l.inner; ++k) out[k] = narrow((widen(x[k]) + widen(y[k])) * by);
             return;
         }
@@ -152,9 +171,11 @@ struct Summer {
     void lines(const char* from, const int32_t* at, int64_t j, int64_t n, char* to) const {
         int64_t m = p.a.ptr[j];
         for (int64_t k = 0; k < n; ++k) {
-            LineSum<T> sum;
-            for (const int64_t end = p.a.ptr[j + k + 1]; m < end; ++m) sum.add(from + at[m]);
-            sum.store(to + k * kVector, factor(j + k));
+            Sum<T, kVector> sum;
+            for (const int64_t end = p.a.ptr[j + k + 1]; m < end; ++m) {
+                add_lanes(sum, [&](int lane) { return from + at[m] + lane * kVector; });
+            }
+            store_sum(sum, to + k * kVector, factor(j + k));
         }
     }
 #endif
@@ -278,22 +299,30 @@ bool run_tiles(const Plan& p) {
     const int64_t padded = ceil_div(l.units, in_vector) * in_vector;
     Buffer<int32_t> at(Worker::kSums ? members : padded);
     if (!at) return false;
-    const auto offset = [](int64_t unit) { return static_cast<int32_t>(unit * kVector); };
+    Buffer<uint8_t> pairs(Worker::kSums ? padded / in_vector : 0);
+    if (!pairs) return false;
     if (Worker::kSums) {
-        for (int64_t m = 0; m < members; ++m) at[m] = offset(p.a.members[m]);
+        for (int64_t m = 0; m < members; ++m) at[m] = line_of<T>(p.a.members[m]);
+        for (int64_t j = 0; j < padded; j += in_vector) {
+            bool all = j + in_vector <= l.units;
+            for (int64_t k = j; all && k < j + in_vector; ++k) all = p.a.ptr[k + 1] - p.a.ptr[k] == 2;
+            pairs[j / in_vector] = all;
+        }
     } else {
+        const auto nothing = static_cast<int32_t>(lines_bytes<T>(t.in_units));
         for (int64_t j = 0; j < padded; ++j) {
             const bool some = j < l.units && p.a.ptr[j] < p.a.ptr[j + 1];
-            at[j] = offset(some ? p.a.members[p.a.ptr[j]] : t.in_units);
+            at[j] = some ? line_of<T>(p.a.members[p.a.ptr[j]]) : nothing;
         }
     }
     t.at = at.get();
+    t.pairs = pairs.get();
     const Worker work{p};
     const int64_t row_bytes = max64(l.units, t.in_units) * size;
     const int64_t tiles_a_task = max64(1, kTaskBytes / (row_bytes * R));
     const int64_t tasks = ceil_div(l.outer, tiles_a_task * R);
     const int workers = static_cast<int>(min64(max64(1, p.a.threads), tasks));
-    const int64_t line_bytes = (t.in_units + 16) * kVector;  // the last block of units may go past the end
+    const int64_t line_bytes = lines_bytes<T>(t.in_units) + kCacheLine;
     Buffer<char> lines(workers * line_bytes);
     if (!lines) return false;
     parallel_each(workers, tasks, [&](int64_t task, int worker) {
@@ -353,7 +382,7 @@ Status regroup(const RegroupArgs& a) {
     if (!scale) return Status::no_memory;
     for (int64_t j = 0; a.scale != nullptr && j < l.units; ++j) scale[j] = static_cast<float>(a.scale[j]);
     const Plan plan{a,        l,      at.get(), fits ? near.get() : nullptr, a.scale != nullptr ? scale.get() : nullptr,
-                    in_units, packed, full,     bytes > cache_bytes()};
+                    in_units, packed, full,     bytes > cache_bytes(),       bytes > kFarBytes};
     if (single) {
         switch (a.element_bytes) {
             case 1: run_best<Mover<uint8_t>>(plan); return Status::ok;

@@ -116,7 +116,7 @@ constexpr int kSubnormal = 0x20;  // what vfpclassps is asked for
 
 // Copies a run of contiguous bytes; past the cache when `stream`, a whole line at a time where the registers allow.
 // `next` is where the following run will be read: the hardware does not foresee a jump, so what comes kAhead bytes
-// later is asked for here, into the second cache.
+// later is asked for here, into the second cache. Null: nothing is, since all of it is near.
 inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, const char* next) {
     if (bytes <= kShort) {
         copy_short(out, in, bytes);
@@ -125,6 +125,10 @@ inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, cons
     constexpr int64_t kAhead = 2048;
     const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63, last = bytes - kCacheLine;
     const auto ask = [&](int64_t i) { __builtin_prefetch(i < bytes ? in + i : next + (i - bytes), 0, 2); };
+    if (next == nullptr) {
+        memcpy(out, in, static_cast<size_t>(bytes));
+        return;
+    }
     int64_t i = head;
     memcpy(out, in, kCacheLine);
 #if defined(__SSE2__)
@@ -153,11 +157,15 @@ struct Ahead {
     int64_t in_lines;   // of it for each group
     int64_t out_lines;  // that a group fills
 
-    // The next group is written from `to` on.
-    void ask(const void* to) {
-        constexpr int64_t kAhead = 2048;
+    // The next group begins.
+    void ask() {
         for (int64_t i = 0; i < in_lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
         from += in_lines * kCacheLine;
+    }
+    // And is written from `to` on.
+    void ask(const void* to) {
+        constexpr int64_t kAhead = 2048;
+        ask();
         const char* at = static_cast<const char*>(to) + kAhead;
         for (int64_t i = 0; i < out_lines; ++i) __builtin_prefetch(at + i * kCacheLine, 1, 3);
     }
@@ -171,8 +179,9 @@ void fence() {
 
 // What the tiles of regroup_tile.h need besides.
 struct Tiling {
-    int64_t in_units = 0;         // positions on the unit axis that are read; 0: no tiles
-    const int32_t* at = nullptr;  // byte offsets of lines: for gathers [units, rounded up], for sums [members]
+    int64_t in_units = 0;            // positions on the unit axis that are read; 0: no tiles
+    const int32_t* at = nullptr;     // byte offsets of lines: for gathers [units, rounded up], for sums [members]
+    const uint8_t* pairs = nullptr;  // for sums: whether each unit of a whole vector of them has two members
 };
 
 // What a worker needs besides the arguments: where each member lies on the unit axis, in elements.
@@ -187,6 +196,7 @@ struct Plan {
     bool packed;         // each unit's run begins where the one before ends, on both sides
     bool full;           // every unit has one member exactly, so unit j's is at[j]
     bool stream;
+    bool far;  // larger than what the second cache and its surroundings hold
 };
 
 }  // namespace

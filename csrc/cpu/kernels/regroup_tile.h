@@ -3,7 +3,7 @@
 // vector width, to be moved or added up as a whole, and transposed back on the way out.
 #pragma once
 
-#include "cpu/kernels/regroup_layout.h"
+#include "cpu/kernels/regroup_sums.h"
 
 namespace mudsc {
 namespace MUDSC_ISA {
@@ -11,19 +11,24 @@ namespace {
 
 // ---- vectors: 16-byte lanes, as wide as the instruction set has them ----
 
-// 32 bytes also where there are registers of 64: these take twice as long to shuffle on the machines measured, and a
-// line of four lanes costs more loads than two of two.
-#if defined(__AVX2__)
-#define MUDSC_UNPACK(which, x, y)                    \
-    if constexpr (Bytes == 1) {                      \
-        return {_mm256_unpack##which##_epi8(x, y)};  \
-    } else if constexpr (Bytes == 2) {               \
-        return {_mm256_unpack##which##_epi16(x, y)}; \
-    } else if constexpr (Bytes == 4) {               \
-        return {_mm256_unpack##which##_epi32(x, y)}; \
-    } else {                                         \
-        return {_mm256_unpack##which##_epi64(x, y)}; \
+// `mm` is the part of the instructions' names in front of "unpack", `all` what comes before the operands.
+#define MUDSC_INTERLEAVE(Type, name, mm, which, all)           \
+    template <int Bytes>                                       \
+    static Type name(Type a, Type b) {                         \
+        if constexpr (Bytes == 1) {                            \
+            return {mm##_unpack##which##_epi8(all a.v, b.v)};  \
+        } else if constexpr (Bytes == 2) {                     \
+            return {mm##_unpack##which##_epi16(all a.v, b.v)}; \
+        } else if constexpr (Bytes == 4) {                     \
+            return {mm##_unpack##which##_epi32(all a.v, b.v)}; \
+        } else {                                               \
+            return {mm##_unpack##which##_epi64(all a.v, b.v)}; \
+        }                                                      \
     }
+
+// Lines are of 32 bytes also where there are registers of 64: a line of four lanes costs more loads than two of two.
+#if defined(__AVX2__)
+#define MUDSC_TILES 1
 struct Vector {
     __m256i v;
     static constexpr int kLanes = 2;
@@ -32,27 +37,13 @@ struct Vector {
         const __m256i x = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at(0))));
         return {_mm256_inserti128_si256(x, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(1))), 1)};
     }
+    static Vector load(const char* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
     void store(char* to) const { _mm256_store_si256(reinterpret_cast<__m256i*>(to), v); }
-    template <int Bytes>
-    static Vector low(Vector a, Vector b) {
-        MUDSC_UNPACK(lo, a.v, b.v)
-    }
-    template <int Bytes>
-    static Vector high(Vector a, Vector b) {
-        MUDSC_UNPACK(hi, a.v, b.v)
-    }
+    MUDSC_INTERLEAVE(Vector, low, _mm256, lo, )
+    MUDSC_INTERLEAVE(Vector, high, _mm256, hi, )
 };
 #elif defined(__SSE2__)
-#define MUDSC_UNPACK(which, x, y)                 \
-    if constexpr (Bytes == 1) {                   \
-        return {_mm_unpack##which##_epi8(x, y)};  \
-    } else if constexpr (Bytes == 2) {            \
-        return {_mm_unpack##which##_epi16(x, y)}; \
-    } else if constexpr (Bytes == 4) {            \
-        return {_mm_unpack##which##_epi32(x, y)}; \
-    } else {                                      \
-        return {_mm_unpack##which##_epi64(x, y)}; \
-    }
+#define MUDSC_TILES 1
 struct Vector {
     __m128i v;
     static constexpr int kLanes = 1;
@@ -60,144 +51,53 @@ struct Vector {
     static Vector lanes(const At& at) {
         return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(at(0)))};
     }
+    static Vector load(const char* from) {
+        return lanes([&](int) { return from; });
+    }
     void store(char* to) const { _mm_store_si128(reinterpret_cast<__m128i*>(to), v); }
-    template <int Bytes>
-    static Vector low(Vector a, Vector b) {
-        MUDSC_UNPACK(lo, a.v, b.v)
-    }
-    template <int Bytes>
-    static Vector high(Vector a, Vector b) {
-        MUDSC_UNPACK(hi, a.v, b.v)
-    }
+    MUDSC_INTERLEAVE(Vector, low, _mm, lo, )
+    MUDSC_INTERLEAVE(Vector, high, _mm, hi, )
 };
 #endif
 
-#if defined(MUDSC_UNPACK)
-#undef MUDSC_UNPACK
-#define MUDSC_TILES 1
+#if defined(MUDSC_TILES)
 
 constexpr int64_t kVector = 16 * Vector::kLanes;  // bytes of a line
 constexpr int64_t kStage = 512;  // bytes of each output row that are put together before they are stored
 
-#if defined(__AVX2__)
-#define MUDSC_MM(name) _mm256_##name
-using Floats = __m256;
-using Doubles = __m256d;
-using Bits = __m256i;
-inline Bits load_bits(const void* p) { return _mm256_load_si256(static_cast<const Bits*>(p)); }
-inline Bits both(Bits a, Bits b) { return _mm256_and_si256(a, b); }
-inline Bits either(Bits a, Bits b) { return _mm256_or_si256(a, b); }
-inline bool any_nan(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0; }
-inline Bits bits_of(Floats x) { return _mm256_castps_si256(x); }
-inline Floats floats_of(Bits x) { return _mm256_castsi256_ps(x); }
+// What a row is read in: as much of it as a cache line at once, where there is such a register.
+#if defined(__AVX512BW__)
+struct Long {
+    __m512i v;
+    static constexpr int kLanes = 4;
+    // Once: the compiler would load it again for every use.
+    static Long load(const char* from) {
+        __m512i x = _mm512_loadu_si512(from);
+#if defined(__GNUC__)
+        __asm__("" : "+v"(x));
+#endif
+        return {x};
+    }
+    // Each half of it as a vector, `apart` bytes from the other.
+    void store(char* to, int64_t apart) const {
+        memcpy(to, &v, kVector);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + apart), _mm512_maskz_extracti64x4_epi64(0xff, v, 1));
+    }
+    // With a mask of all elements: GCC 12 takes what the instructions without one leave open for a mistake.
+#define MUDSC_ALL (~uint64_t{0} >> (64 - 64 / Bytes)),
+    MUDSC_INTERLEAVE(Long, low, _mm512_maskz, lo, MUDSC_ALL)
+    MUDSC_INTERLEAVE(Long, high, _mm512_maskz, hi, MUDSC_ALL)
+#undef MUDSC_ALL
+};
 #else
-#define MUDSC_MM(name) _mm_##name
-using Floats = __m128;
-using Doubles = __m128d;
-using Bits = __m128i;
-inline Bits load_bits(const void* p) { return _mm_load_si128(static_cast<const Bits*>(p)); }
-inline Bits both(Bits a, Bits b) { return _mm_and_si128(a, b); }
-inline Bits either(Bits a, Bits b) { return _mm_or_si128(a, b); }
-inline bool any_nan(Floats a, Floats b) { return _mm_movemask_ps(_mm_cmpunord_ps(a, b)) != 0; }
-inline Bits bits_of(Floats x) { return _mm_castps_si128(x); }
-inline Floats floats_of(Bits x) { return _mm_castsi128_ps(x); }
-#endif
-
-// The sum of lines, in registers.
-template <typename T>
-struct LineSum;
-
-template <>
-struct LineSum<float> {
-    Floats sum = MUDSC_MM(setzero_ps)();
-    void add(const char* line) { sum = MUDSC_MM(add_ps)(sum, MUDSC_MM(load_ps)(reinterpret_cast<const float*>(line))); }
-    void store(char* to, float by) const {
-        MUDSC_MM(store_ps)(reinterpret_cast<float*>(to), MUDSC_MM(mul_ps)(sum, MUDSC_MM(set1_ps)(by)));
-    }
+struct Long : Vector {
+    Long() = default;
+    Long(Vector x) : Vector(x) {}
+    static Long load(const char* from) { return Vector::load(from); }
+    void store(char* to, int64_t) const { Vector::store(to); }
 };
-
-template <>
-struct LineSum<double> {
-    Doubles sum = MUDSC_MM(setzero_pd)();
-    void add(const char* line) {
-        sum = MUDSC_MM(add_pd)(sum, MUDSC_MM(load_pd)(reinterpret_cast<const double*>(line)));
-    }
-    void store(char* to, double by) const {
-        MUDSC_MM(store_pd)(reinterpret_cast<double*>(to), MUDSC_MM(mul_pd)(sum, MUDSC_MM(set1_pd)(by)));
-    }
-};
-
-// A bfloat16 is the upper half of a float: of each pair, the even one is shifted there and the odd one stands there.
-template <>
-struct LineSum<bf16> {
-    Floats even = MUDSC_MM(setzero_ps)(), odd = MUDSC_MM(setzero_ps)();
-    static Bits upper(Bits x) { return both(x, MUDSC_MM(set1_epi32)(static_cast<int>(0xffff0000u))); }
-    void add(const char* line) {
-        const Bits x = load_bits(line);
-        even = MUDSC_MM(add_ps)(even, floats_of(MUDSC_MM(slli_epi32)(x, 16)));
-        odd = MUDSC_MM(add_ps)(odd, floats_of(upper(x)));
-    }
-    void store(char* to, float by) const {
-        const Floats a = MUDSC_MM(mul_ps)(even, MUDSC_MM(set1_ps)(by)),
-                     b = MUDSC_MM(mul_ps)(odd, MUDSC_MM(set1_ps)(by));
-#if defined(__AVX512BF16__)
-        // The instruction takes subnormal numbers for zero, and is right about NaN.
-        if ((_mm256_fpclass_ps_mask(a, kSubnormal) | _mm256_fpclass_ps_mask(b, kSubnormal)) == 0) {
-            const __m256i pairs = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
-            const __m256i x = reinterpret_cast<__m256i>(_mm256_cvtne2ps_pbh(b, a));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_permutexvar_epi16(pairs, x));
-            return;
-        }
-#else
-        if (!any_nan(a, b)) {
-            const Bits x = MUDSC_MM(srli_epi32)(rounded(a), 16), y = upper(rounded(b));
-            const Bits pairs = either(x, y);
-            memcpy(to, &pairs, sizeof pairs);
-            return;
-        }
 #endif
-        float each[2][kVector / 4];
-        memcpy(each[0], &a, sizeof a);
-        memcpy(each[1], &b, sizeof b);
-        for (int r = 0; r < kVector / 2; ++r) reinterpret_cast<bf16*>(to)[r] = from_f32<bf16>(each[r % 2][r / 2]);
-    }
-#if !defined(__AVX512BF16__)
-    // As from_f32 rounds; the lower half is to be dropped.
-    static Bits rounded(Floats x) {
-        const Bits bits = bits_of(x);
-        const Bits odd_bit = both(MUDSC_MM(srli_epi32)(bits, 16), MUDSC_MM(set1_epi32)(1));
-        return MUDSC_MM(add_epi32)(bits, MUDSC_MM(add_epi32)(odd_bit, MUDSC_MM(set1_epi32)(0x7fff)));
-    }
-#endif
-};
-
-template <>
-struct LineSum<f16> {
-#if defined(__F16C__)
-    Floats low = MUDSC_MM(setzero_ps)(), high = MUDSC_MM(setzero_ps)();
-    void add(const char* line) {
-        const __m128i* x = reinterpret_cast<const __m128i*>(line);
-        low = _mm256_add_ps(low, _mm256_cvtph_ps(_mm_load_si128(x)));
-        high = _mm256_add_ps(high, _mm256_cvtph_ps(_mm_load_si128(x + 1)));
-    }
-    void store(char* to, float by) const {
-        const Floats f = _mm256_set1_ps(by);
-        __m128i* x = reinterpret_cast<__m128i*>(to);
-        _mm_store_si128(x, _mm256_cvtps_ph(_mm256_mul_ps(low, f), _MM_FROUND_TO_NEAREST_INT));
-        _mm_store_si128(x + 1, _mm256_cvtps_ph(_mm256_mul_ps(high, f), _MM_FROUND_TO_NEAREST_INT));
-    }
-#else
-    float sum[kVector / 2] = {};
-    void add(const char* line) {
-        for (int r = 0; r < kVector / 2; ++r) sum[r] += to_f32(reinterpret_cast<const f16*>(line)[r]);
-    }
-    void store(char* to, float by) const {
-        for (int r = 0; r < kVector / 2; ++r) reinterpret_cast<f16*>(to)[r] = from_f32<f16>(sum[r] * by);
-    }
-#endif
-};
-
-#undef MUDSC_MM
+#undef MUDSC_INTERLEAVE
 
 // Elements in a lane, rows of a tile.
 template <typename T>
@@ -206,16 +106,16 @@ template <typename T>
 constexpr int kTileRows = Vector::kLanes * kInLane<T>;
 
 // Inside each lane, element k of vector e becomes element e of vector k: interleaving halves once for every bit of k.
-template <typename T>
-inline void transpose_lanes(Vector (&x)[kInLane<T>]) {
+template <typename T, typename V>
+inline void transpose_lanes(V (&x)[kInLane<T>]) {
     constexpr int n = kInLane<T>, bytes = static_cast<int>(sizeof(T));
 #pragma GCC unroll 4
     for (int width = 1; width < n; width *= 2) {
-        Vector y[n];
+        V y[n];
 #pragma GCC unroll 8
         for (int i = 0; i < n / 2; ++i) {
-            y[2 * i] = Vector::low<bytes>(x[i], x[i + n / 2]);
-            y[2 * i + 1] = Vector::high<bytes>(x[i], x[i + n / 2]);
+            y[2 * i] = V::template low<bytes>(x[i], x[i + n / 2]);
+            y[2 * i + 1] = V::template high<bytes>(x[i], x[i + n / 2]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) x[i] = y[i];
@@ -232,50 +132,146 @@ inline void forget(const void* table) {
 #endif
 }
 
-// lines[u] = unit u of all rows. A few lines of each row are brought together first: rows that begin a power of two
-// apart share their places in L1 and would push each other out.
+// A tile as lines: a unit's first lane, of the tile's first rows, lies at line_of(unit), its next one kVector bytes
+// further, in the same cache line. Units are in the order in which the transposition leaves them.
 template <typename T>
-void spread(const T* const* rows, int64_t units, char* lines) {
-    constexpr int n = kInLane<T>, R = kTileRows<T>;
-    constexpr int64_t size = static_cast<int64_t>(sizeof(T)), kNear = 256, pitch = kNear + kCacheLine;
-    alignas(64) char near[R * pitch];
-    for (int64_t u = 0; u < units; u += kNear / size) {
-        const int64_t here = min64(kNear / size, units - u);
-        for (int r = 0; r < R; ++r) {
-            if (here == kNear / size) {
-                memcpy(near + r * pitch, rows[r] + u, kNear);
-            } else {
-                memcpy(near + r * pitch, rows[r] + u, static_cast<size_t>(here * size));
-            }
-        }
-        for (int64_t k = 0; k < here; k += n) {
-            const char* from = near + k * size;
-            char* to = lines + (u + k) * kVector;
-            Vector x[n];
+constexpr int64_t kBlock = kInLane<T> * Long::kLanes;  // units of a row that are read at once
+template <typename T>
+inline int32_t line_of(int64_t unit) {
+    constexpr uint32_t n = kInLane<T>, lanes = Vector::kLanes, block = kBlock<T>, line = kVector;
+    const auto u = static_cast<uint32_t>(unit);
+    const uint32_t lane = u / n % Long::kLanes;
+    return static_cast<int32_t>(u / block * (block * line) + u % n * (Long::kLanes * line) +
+                                lane / lanes * (lanes * line) + lane % lanes * 16);
+}
+template <typename T>
+inline int64_t lines_bytes(int64_t units) {
+    return ceil_div(units, kBlock<T>) * (kBlock<T> * kVector);
+}
+
+// One block of units of all rows: row(r) is where row r of the tile begins.
+template <typename T, typename Row>
+inline void spread_block(const Row& row, char* lines) {
+    constexpr int n = kInLane<T>;
+#pragma GCC unroll 2
+    for (int part = 0; part < Vector::kLanes; ++part) {
+        forget(lines);
+        Long x[n];
 #pragma GCC unroll 16
-            for (int e = 0; e < n; ++e) x[e] = Vector::lanes([&](int lane) { return from + (lane * n + e) * pitch; });
-            transpose_lanes<T>(x);
+        for (int e = 0; e < n; ++e) x[e] = Long::load(row(part * n + e));
+        transpose_lanes<T>(x);
 #pragma GCC unroll 16
-            for (int e = 0; e < n; ++e) x[e].store(to + e * kVector);
-        }
+        for (int k = 0; k < n; ++k)
+            x[k].store(lines + k * Long::kLanes * kVector + part * kVector, Vector::kLanes * kVector);
     }
 }
 
-// One vector of every row: element k is in the line at base + at[k], or in the k-th one where `at` is null.
-template <typename T, bool InOrder>
-inline void collect(const char* base, const int32_t* at, char* stage, int64_t stage_row) {
+template <typename T>
+void spread(const T* const* rows, int64_t units, char* lines) {
+    constexpr int64_t R = kTileRows<T>, size = static_cast<int64_t>(sizeof(T)), bytes = kBlock<T> * size;
+    int64_t u = 0;
+    for (; u + kBlock<T> <= units; u += kBlock<T>) {
+        spread_block<T>([&](int r) { return reinterpret_cast<const char*>(rows[r] + u); }, lines + u * kVector);
+    }
+    if (u == units) return;
+    alignas(64) char rest[R * bytes] = {};
+    for (int r = 0; r < R; ++r) memcpy(rest + r * bytes, rows[r] + u, static_cast<size_t>((units - u) * size));
+    spread_block<T>([&](int r) { return rest + r * bytes; }, lines + u * kVector);
+}
+
+// One vector of every row from as many units: units(x, part) loads the lanes of a part of the rows.
+template <typename T, typename Units>
+inline void collect(const Units& units, char* stage, int64_t stage_row) {
     constexpr int n = kInLane<T>;
-    const auto line = [&](int k) { return base + (InOrder ? k * kVector : at[k]); };
 #pragma GCC unroll 1
-    for (int c = 0; c < Vector::kLanes; ++c) {
-        forget(at);
+    for (int part = 0; part < Vector::kLanes; ++part) {
         Vector x[n];
-#pragma GCC unroll 16
-        for (int e = 0; e < n; ++e) x[e] = Vector::lanes([&](int lane) { return line(lane * n + e) + 16 * c; });
+        units(x, part);
         transpose_lanes<T>(x);
 #pragma GCC unroll 16
-        for (int k = 0; k < n; ++k) x[k].store(stage + (c * n + k) * stage_row);
+        for (int k = 0; k < n; ++k) x[k].store(stage + (part * n + k) * stage_row);
     }
+}
+
+// The lanes of a line, added to a sum or its first.
+template <typename T, typename At>
+inline void start_lanes(Sum<T, kVector>& sum, const At& at) {
+    const Vector x = Vector::lanes(at);
+    sum.start(&x);
+}
+template <typename T, typename At>
+inline void add_lanes(Sum<T, kVector>& sum, const At& at) {
+    const Vector x = Vector::lanes(at);
+    sum.add(&x);
+}
+#if defined(__F16C__)
+template <typename At>
+inline void start_lanes(Sum<f16, kVector>& sum, const At& at) {
+    for (int lane = 0; lane < Vector::kLanes; ++lane) sum.start_part(at(lane), lane);
+}
+template <typename At>
+inline void add_lanes(Sum<f16, kVector>& sum, const At& at) {
+    for (int lane = 0; lane < Vector::kLanes; ++lane) sum.add_part(at(lane), lane);
+}
+#endif
+
+// Units that are moved, from the lines at `at`.
+template <typename T>
+inline void collect_lines(const char* lines, const int32_t* at, char* stage, int64_t stage_row) {
+    collect<T>(
+        [&](Vector* x, int part) {
+            constexpr int n = kInLane<T>;
+            forget(at);
+#pragma GCC unroll 16
+            for (int e = 0; e < n; ++e)
+                x[e] = Vector::lanes([&](int lane) { return lines + at[lane * n + e] + part * kVector; });
+        },
+        stage, stage_row);
+}
+
+// Units of two members each, whose lines are at at[0] and at[1], at[2] and at[3] and so on.
+template <typename T, typename Factor>
+inline void collect_pairs(const char* lines, const int32_t* at, const Factor& factor, char* stage, int64_t stage_row) {
+    collect<T>(
+        [&](Vector* x, int part) {
+            constexpr int n = kInLane<T>;
+            const auto sum_of = [&](int e) {
+                Sum<T, kVector> sum;
+                const auto member = [&](int m, int lane) {
+                    return lines + at[2 * (lane * n + e) + m] + part * kVector;
+                };
+                start_lanes(sum, [&](int lane) { return member(0, lane); });
+                add_lanes(sum, [&](int lane) { return member(1, lane); });
+                return sum;
+            };
+            const auto by = [&](int e) {
+                if constexpr (Vector::kLanes == 1) {
+                    return factor(e);
+                } else {
+                    return Halves<decltype(factor(0))>{factor(e), factor(n + e)};
+                }
+            };
+            bool again = false;
+            forget(at);
+#pragma GCC unroll 16
+            for (int e = 0; e < n; ++e) again |= sum_of(e).quick(&x[e], by(e));
+            if (!again) return;
+            for (int e = 0; e < n; ++e) sum_of(e).exact(&x[e], by(e));
+        },
+        stage, stage_row);
+}
+
+// Sums that were made line by line and lie one after the other.
+template <typename T>
+inline void collect_sums(const char* sums, char* stage, int64_t stage_row) {
+    collect<T>(
+        [&](Vector* x, int part) {
+            constexpr int n = kInLane<T>;
+#pragma GCC unroll 16
+            for (int e = 0; e < n; ++e)
+                x[e] = Vector::lanes([&](int lane) { return sums + (lane * n + e) * kVector + 16 * part; });
+        },
+        stage, stage_row);
 }
 
 // Stores the staged bytes of one row. `stage` holds kStage of them behind a line that is kept from the stage before:
@@ -324,7 +320,7 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
         out[r] = static_cast<T*>(p.a.out) + out_at;
     }
     spread<T>(in, t.in_units, lines);
-    memset(lines + t.in_units * kVector, 0, kVector);
+    memset(lines + lines_bytes<T>(t.in_units), 0, kCacheLine);  // of units without members
     constexpr int64_t stage_row = kStage + kCacheLine;
     alignas(64) char stage[R * stage_row];
     alignas(64) char sums[in_vector * kVector];
@@ -338,19 +334,28 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
                 for (int64_t b = 0; b < kStage; b += kCacheLine) __builtin_prefetch(to + b, 1, 2);
             }
         }
+        const bool more = o + R < p.l.outer;
         int64_t asked = 0;
         for (int64_t k = 0; k < n; k += in_vector) {
             char* to = stage + kCacheLine + k * size;
-            // The next tile's rows, in equal shares: asked for all at once they keep the loads of this tile waiting.
-            for (const int64_t due = (k + in_vector) * R / in_stage; asked < due && o + R < p.l.outer; ++asked) {
-                const char* from = reinterpret_cast<const char*>(next[asked]) + s * ahead;
-                for (int64_t b = 0; b < ahead; b += kCacheLine) __builtin_prefetch(from + b, 0, 2);
+            // The next tile's rows, in equal shares and side by side: asked for all at once they keep the loads of
+            // this tile waiting.
+            for (const int64_t due = more ? (k + in_vector) * ahead / in_stage : 0; asked < due; asked += kCacheLine) {
+                const int64_t place = s * ahead + asked;
+#pragma GCC unroll 32
+                for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + place, 0, 2);
             }
             if constexpr (Worker::kSums) {
-                work.lines(lines, t.at, j + k, min64(in_vector, n - k), sums);
-                collect<T, true>(sums, nullptr, to, stage_row);
+                const int64_t unit = j + k;
+                if (t.pairs[unit / in_vector] != 0) {
+                    const auto by = [&](int e) { return work.factor(unit + e); };
+                    collect_pairs<T>(lines, t.at + p.a.ptr[unit], by, to, stage_row);
+                } else {
+                    work.lines(lines, t.at, unit, min64(in_vector, n - k), sums);
+                    collect_sums<T>(sums, to, stage_row);
+                }
             } else {
-                collect<T, false>(lines, t.at + j + k, to, stage_row);
+                collect_lines<T>(lines, t.at + j + k, to, stage_row);
             }
         }
         for (int r = 0; r < rows; ++r)
@@ -359,7 +364,7 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
     }
 }
 
-#endif  // MUDSC_UNPACK
+#endif  // MUDSC_TILES
 
 }  // namespace
 }  // namespace MUDSC_ISA

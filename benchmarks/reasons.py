@@ -13,15 +13,19 @@ _REASONS = (
     (
         "regroup",
         "12x64x768",
-        "the tensor fits the second cache: some microseconds of each call beside a copy of 27",
+        "the tensor fits the second cache: two to three microseconds of each call beside a copy of 27",
     ),
     (
         "regroup",
         "dim 1 4096x4096 bfloat16",
-        "transposing twice through L2 takes as long as the copy and overlaps with memory in part only",
+        "two transpositions through L2 overlap with memory in part only; the copy leaves its result's end in the cache",
     ),
     ("regroup", "dim 0 4096x4096 bfloat16", "as large as the last cache: the copy keeps a part of its result there"),
-    ("regroup", "dim 1", "two transpositions of each line through L2, which overlap with memory in part only"),
+    (
+        "regroup",
+        "dim 1",
+        "a tile takes half of L2 and its lines are read in any order; a copy leaves its result's end in the cache",
+    ),
     ("regroup", "dim 0", "rows in any order: each begins where the hardware does not expect it"),
     (
         "similarity",

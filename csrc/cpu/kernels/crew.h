@@ -38,7 +38,9 @@ class Crew {
         call_ = [](const void* ctx, int part) { (*static_cast<const Fn*>(ctx))(part); };
         ctx_ = &fn;
         __atomic_store_n(&done_, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&ticket_, ((ticket_ >> 8) + 1) << 8 | static_cast<uint64_t>(parts), __ATOMIC_RELEASE);
+        // Others may just be trying, in vain, to take a part of the step before: this read is one among theirs.
+        const uint64_t step = (__atomic_load_n(&ticket_, __ATOMIC_RELAXED) >> 8) + 1;
+        __atomic_store_n(&ticket_, step << 8 | static_cast<uint64_t>(parts), __ATOMIC_RELEASE);
         while (work()) {
         }
         for (int waited = 0; __atomic_load_n(&done_, __ATOMIC_ACQUIRE) < parts; ++waited) rest(waited);

@@ -21,6 +21,7 @@ import torch
 from fashion_mnist.methods import METHODS, ROTATED, Pair
 from fashion_mnist.parents import load, save
 from fashion_mnist.table import DOCUMENT, cell, filled, write
+from regmean import regmean
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -42,11 +43,20 @@ ROWS = {
     **{name: ROTATED[name] for name in (
         "align + rotations", "align + rotations, zip", "align + rotations, zip + decoder",
     )},
+    "RegMean": lambda p: mf.installed(p.models[0], regmean(p.models, p.calibration)),
+    "MuDSC align + RegMean": lambda p: after_align(p),
     "selection + refit, mean": lambda p: p.refitted(p.selected, "mean"),
     "control: first body, last layer solved, mean": lambda p: p.one_body(0, "mean"),
     "control: second body, last layer solved, mean": lambda p: p.one_body(1, "mean"),
     "control: random halves + refit, mean": lambda p: p.refitted(p.random_halves, "mean"),
 }  # fmt: skip
+
+
+def after_align(pair: Pair) -> nn.Module:
+    """The parents in one unit order, merged by RegMean."""
+    plan = pair.searched("align")
+    aligned = [mf.installed(m, plan.align(s, k)) for k, (m, s) in enumerate(zip(pair.models, pair.states, strict=True))]
+    return mf.installed(pair.models[0], regmean(aligned, pair.calibration))
 
 
 def text(which: str) -> Tensor:
@@ -128,8 +138,13 @@ def parents(kind: str, seed: int, steps: int, texts: list[Tensor], cache: Path) 
     return result
 
 
-def measure(kind: str, seed: int, steps: int, texts: list[Tensor], cache: Path, count: int) -> dict[str, list[float]]:
-    """{row: bits per byte on each held-out text}; of the parents, each on its own. count: windows a text."""
+def measure(
+    kind: str, seed: int, steps: int, texts: list[Tensor], cache: Path, count: int, known: dict[str, list[float]]
+) -> dict[str, list[float]]:
+    """{row: bits per byte on each held-out text}; of the parents, each on its own. count: windows a text.
+
+    known: rows that were measured before, which are taken over.
+    """
     models = parents(kind, seed, steps, texts, cache)
     calibration = torch.cat([windows(t, count, 900 + seed, False) for t in texts])
     calibration = calibration[torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))]
@@ -148,6 +163,9 @@ def measure(kind: str, seed: int, steps: int, texts: list[Tensor], cache: Path, 
         "ensemble of logits": [bits((a + b) / 2, x[:, 1:]) for a, b, x in zip(*each, held, strict=True)],
     }
     for name, make in track(ROWS.items(), f"merging {kind} {seed}"):
+        if name in known:
+            rows[name] = known[name]
+            continue
         net = make(pair).eval()
         rows[name] = [bits(logits_of(net, x), x[:, 1:]) for x in held]
     return rows
@@ -173,20 +191,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=128, help="calibration windows of each text")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="measure rows again that the results file has")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args(arguments)
     texts, begin = [text(which) for which in TEXTS], time.perf_counter()
-    found = {
-        kind: [
-            measure(kind, seed, options.steps, texts, options.cache, options.windows) for seed in range(options.seeds)
-        ]
-        for kind in KINDS
-    }
     about = {
         "command": "python examples/small_llamas.py",
         "steps": options.steps,
         "windows": options.windows,
         "torch": torch.__version__,
+    }
+    old = {} if options.again or not options.out.exists() else json.loads(options.out.read_text(encoding="utf-8"))
+    same = old.get("about") == about
+    known = {kind: dict(enumerate(old["results"].get(kind, []))) if same else {} for kind in KINDS}
+    found = {
+        kind: [
+            measure(kind, seed, options.steps, texts, options.cache, options.windows, known[kind].get(seed, {}))
+            for seed in range(options.seeds)
+        ]
+        for kind in KINDS
     }
     write(json.dumps({"about": about, "results": found}, indent=1) + "\n", options.out)
     if options.document.exists():

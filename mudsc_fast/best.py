@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mudsc_fast.agreeing import agreement
 from mudsc_fast.batches import check_batches, placed
 from mudsc_fast.calibration import calibrate
+from mudsc_fast.elastic import elastic_widths
 from mudsc_fast.installing import installed
 from mudsc_fast.matching import match
 from mudsc_fast.progress import Progress
@@ -19,6 +20,7 @@ from mudsc_fast.repairs.decoding import calibrate_readers, decode
 from mudsc_fast.repairs.refitting import refit
 from mudsc_fast.repairs.rescaling import repair
 from mudsc_fast.repairs.targets import last_target
+from mudsc_fast.resizing import resizable_spaces
 from mudsc_fast.searching import BALANCES, search_balance
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def merge_best(
     judged_on: int | None = None,
     device: torch.device | str | None = None,
     progress: Progress = True,
+    width_budget: float | None = None,
     **options: Any,
 ) -> Best:
     """Match in several ways, decode, refit each, and keep the net that agrees best with the parents; no labels.
@@ -63,7 +66,7 @@ def merge_best(
         "select". balances: tried for the zip. output, ridge: as for `refit`; None is "heads" where there are heads,
         else "unit".
     judged_on: how many of the batches the agreement is measured on; None is half of them, two at least.
-    options: for `match`.
+    width_budget: as for `merge_models`: each candidate gets widths of its own. options: for `match`.
 
     Returns a Best. Raises ValueError or TypeError as the single steps do.
     """
@@ -85,6 +88,15 @@ def merge_best(
         stats = calibrate(models, batches, spec, "full", progress=progress)
         readers = calibrate_readers(models, batches, spec, progress=progress)
         judge = agreement(models, few, heads)
+        able = [] if width_budget is None else resizable_spaces(models[0], spec, batches[0])
+
+        def elastic(method: str) -> dict[str, Any]:
+            """The options of a match, with its widths where these follow from a budget."""
+            if width_budget is None:
+                return options
+            attenuation = options.get("attenuation", 0.5)
+            widths = elastic_widths(states, spec, stats, width_budget, method, able, attenuation, progress)
+            return {**options, "width": widths}
 
         def decoded(plan: MergePlan) -> dict[str, Tensor]:
             net = installed(models[0], decode(plan, states, readers))
@@ -94,15 +106,16 @@ def merge_best(
         plans: dict[str, tuple[MergePlan, float | None]] = {}
         if "zip" in candidates and len(set(balances)) > 1:
             found = search_balance(
-                states, spec, stats, judge, balances, method="zip", finish=decoded, progress=progress, **options
+                states, spec, stats, judge, balances, method="zip", finish=decoded, progress=progress, **elastic("zip")
             )
             plans["zip"] = found.plan, found.balance
         elif "zip" in candidates:
             balance = next(iter(balances))
-            plan = match(states, spec, stats, "zip", balance=balance, progress=progress, **options)
+            plan = match(states, spec, stats, "zip", balance=balance, progress=progress, **elastic("zip"))
             plans["zip"] = plan, balance
         if "select" in candidates:
-            selecting = {key: value for key, value in options.items() if key not in ("attenuation", "budget", "start")}
+            unused = ("attenuation", "budget", "start")
+            selecting = {key: value for key, value in elastic("select").items() if key not in unused}
             plans["select"] = match(states, spec, stats, "select", progress=progress, **selecting), None
         scores: dict[str, float] = {}
         kept: tuple[str, nn.Module] | None = None

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from mudsc_fast.batches import check_batches
 from mudsc_fast.batchnorm import reset_batchnorm, tracked_batchnorms
 from mudsc_fast.calibration import calibrate
+from mudsc_fast.elastic import elastic_widths
 from mudsc_fast.installing import installed
 from mudsc_fast.matching import match
 from mudsc_fast.plan import METHODS
 from mudsc_fast.progress import Progress
+from mudsc_fast.resizing import resizable_spaces
 
 if TYPE_CHECKING:
     from mudsc_fast.spec import PermutationSpec
@@ -33,6 +35,7 @@ def merge_models(
     rotate: bool = False,
     device: torch.device | str | None = None,
     progress: Progress = True,
+    width_budget: float | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Calibrate, match, merge, and recompute batch-norm statistics; the models stay as they are.
@@ -50,6 +53,9 @@ def merge_models(
     rotate: True first writes all models in model 0's coordinates as far as their functions allow, its norms folded: an
         align match at this balance, then `align_rotations`. For transformers; needs batches.
     device: where to calibrate and compare; None: where the models are.
+    width_budget: "zip", "select" and "best": the size of the merged network, as a share of one model's; the widths of
+        the spaces that the first model can have in other widths are chosen for it (`elastic_widths`). The result goes
+        into a module with `installed`.
 
     Returns the merged state dict, with model 0's names, dtypes and devices. Raises ValueError or TypeError as the
     single steps do.
@@ -62,10 +68,15 @@ def merge_models(
     for m, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    if width_budget is not None and (method == "align" or batches is None or "width" in options):
+        raise ValueError(
+            "width_budget: expected batches, a method that changes widths and no width beside it, got "
+            f"{width_budget!r} with method {method!r}"
+        )
     if rotate:
         models, batches, spec = _rotated(models, batches, spec, balance, device, progress)
     if method == "best":
-        return _best(models, batches, spec, heads, weights, device, progress, options)
+        return _best(models, batches, spec, heads, weights, device, progress, {**options, "width_budget": width_budget})
     reset = reset_bn and bool(tracked_batchnorms(models[0]))
     if batches is None:
         if reset:
@@ -85,9 +96,14 @@ def merge_models(
         spec = spec_for(models[0], inputs=None if batches is None else _first_inputs(batches))
     state_dicts = [model.state_dict() for model in models]
     activations = None
-    if batches is not None and balance < 1:
+    if batches is not None and (balance < 1 or width_budget is not None):
         scope = "cross" if method == "align" else "full"
         activations = calibrate(models, batches, spec, scope, device=device, progress=progress)
+        if width_budget is not None:
+            able = resizable_spaces(models[0], spec, next(iter(batches)))
+            options["width"] = elastic_widths(
+                state_dicts, spec, activations, width_budget, method, able, options.get("attenuation", 0.5), progress
+            )
     plan = match(state_dicts, spec, activations, method, balance=balance, progress=progress, device=device, **options)
     merged = plan.merge(state_dicts, weights)
     if reset and batches is not None:

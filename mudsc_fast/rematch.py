@@ -248,7 +248,7 @@ class Matcher:
 
     def _selected(self, space: Space, width: int, pairing: Tensor | None) -> Match:
         _, covariance = joint_covariance(self.activations[space.name])
-        found = select_units(covariance, self.models, width, self._reads(space), space.blocks, pairing)
+        found = select_units(covariance, self.models, width, self.reads(space), space.blocks, pairing)
         return Match(found.labels, float(found.value), found.leaders)
 
     def _selected_blocks(self, tie: Sequence[Space], found: Sequence[Assignment]) -> list[Match]:
@@ -256,7 +256,7 @@ class Matcher:
         blocks, covariances, unions = tie[0].blocks, [], []
         for space, part in zip(tie, found, strict=True):
             matrix = joint_covariance(self.activations[space.name])[1].cpu()
-            reads = self._reads(space)
+            reads = self.reads(space)
             covariances.append(matrix if reads is None else matrix * torch.outer(reads, reads))
             pairing = None if part.block_indices is None else part.block_indices.cpu()
             if pairing is not None:
@@ -287,7 +287,7 @@ class Matcher:
             labels[mine] = torch.arange(len(mine)) + k * len(mine)
         return labels.reshape(self.models, -1)
 
-    def _reads(self, space: Space) -> Tensor | None:
+    def reads(self, space: Space) -> Tensor | None:
         """(models * width,): the norm of all the weights that consume each unit."""
         if self.weights is None:
             return None
@@ -303,7 +303,7 @@ class Matcher:
 
     def _in_blocks(self, tie: Sequence[Space], similarities: Sequence[Tensor]) -> list[Match]:
         cross = [
-            similarity if self._aligned(space) else _cross_of(similarity, self.models)
+            similarity if self._aligned(space) else cross_of(similarity, self.models)
             for space, similarity in zip(tie, similarities, strict=True)
         ]
         found = assign_blocks(cross, tie[0].blocks, [space.within for space in tie])
@@ -333,7 +333,7 @@ def _labels_of(indices: Tensor) -> Tensor:
     return labels
 
 
-def _cross_of(full: Tensor, models: int) -> Tensor:
+def cross_of(full: Tensor, models: int) -> Tensor:
     """The blocks (model 0, model m) of a full similarity: (models - 1, width, width), a view."""
     width = full.shape[0] // models
     return full.reshape(models, width, models, width)[0, :, 1:].transpose(0, 1)

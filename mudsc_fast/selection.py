@@ -120,17 +120,42 @@ def select_blocks(covariances: Sequence[Tensor], models: int, unions: Sequence[T
     return chosen, [1 - float(matrix.diagonal().clamp(min=0).sum()) for matrix in left]
 
 
+def unexplained(
+    covariance: Tensor, models: int, similarity: Tensor, blocks: int = 1, block_indices: Tensor | None = None
+) -> Tensor:
+    """(models * d / blocks + 1,) float64: the share of the variance that 0, 1, ... chosen units of each block leave.
+
+    covariance: as for `select_units`, float64 and weighted by what is read. similarity: (models * d, models * d), by
+    which blocks are paired where block_indices are not given.
+    """
+    each = len(covariance) // blocks
+    left = torch.zeros(each + 1, dtype=torch.float64)
+    for own in unions_of(similarity, len(covariance) // models, models, blocks, block_indices):
+        left += _path(covariance[own][:, own], each)[1]
+    return left / left[0] if float(left[0]) > 0 else torch.zeros_like(left)
+
+
 def _pivots(matrix: Tensor, count: int) -> tuple[Tensor, float]:
     """The first `count` pivots, rising, and the trace that they leave unexplained."""
+    order, left = _path(matrix, count)
+    return order.sort().values, float(left[-1])
+
+
+def _path(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` pivots in the order in which they are taken, and the trace left before and after each."""
     rest = matrix.diagonal().clone()
     columns = matrix.new_zeros(count, len(matrix))
     taken = torch.zeros(len(matrix), dtype=torch.bool)
+    order = torch.empty(count, dtype=torch.int64)
+    left = torch.empty(count + 1, dtype=torch.float64)
+    left[0] = rest.clamp(min=0).sum()
     floor = 1e-12 * float(rest.max().clamp(min=0))
     for k in range(count):
         pivot = int(torch.where(taken, -torch.inf, rest).argmax())
-        taken[pivot] = True
+        taken[pivot], order[k] = True, pivot
         if float(rest[pivot]) > floor:
             column = matrix[pivot] - columns[:k].T @ columns[:k, pivot]
             columns[k] = column / rest[pivot].sqrt()
             rest = (rest - columns[k].square()).clamp(min=0)
-    return taken.nonzero().flatten(), float(torch.where(taken, 0.0, rest).sum())
+        left[k + 1] = torch.where(taken, 0.0, rest).sum()
+    return order, left

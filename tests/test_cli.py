@@ -123,6 +123,9 @@ def test_zip_with_activations_and_another_width(pair: Pair) -> None:
     run("merge", *three, "-o", "w.safetensors", "--method", "zip", "--stats", "s.safetensors", "--width", "8")
     plan = mf.match(pair.states, pair.spec, stats, method="zip", width=8)
     assert_same("w.safetensors", plan.merge(pair.states))
+    run("merge", *three, "-o", "e.safetensors", "--method", "zip", "--stats", "s.safetensors", "--width-budget", "1.4")
+    widths = mf.elastic_widths(pair.states, pair.spec, stats, 1.4, "zip", progress=False)
+    assert_same("e.safetensors", mf.match(pair.states, pair.spec, stats, method="zip", width=widths).merge(pair.states))
 
 
 def test_cross_statistics_align_but_do_not_zip(mlp: Pair, capsys: pytest.CaptureFixture[str]) -> None:

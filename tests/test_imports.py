@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layout", "axes", "law", "orthogonal", "spec", "tracing"),
     ("specs",),
     (
-        "agreeing", "best", "installing", "leading", "partial", "repairs", "searching",
+        "agreeing", "best", "counts", "elastic", "installing", "leading", "partial", "repairs", "resizing", "searching",
         "arguments", "averaging", "batches", "batchnorm", "calibration", "checkpoints", "distributed",
         "expert_merging", "experts", "hooks", "journal", "matching", "merging", "network", "plan", "progress",
         "records", "rematch", "rotations", "stats_files", "streaming", "streams", "weights", "wide_statistics",

@@ -44,6 +44,9 @@ def collect(cache: Path) -> dict[str, Any]:
         found["cost"] = json.loads((cache / "cost.json").read_text())
     for path in sorted((cache / "landscapes").glob("*.summary.json")):
         found.setdefault("landscapes", {})[path.name.removesuffix(".summary.json")] = json.loads(path.read_text())
+    for path in sorted((cache / "elastic").glob("*-halves-*.json")):
+        network, _, seed = path.stem.partition("-halves-")
+        found.setdefault("elastic", {}).setdefault(network, {})[seed] = json.loads(path.read_text())
     return found
 
 
@@ -179,6 +182,24 @@ def cost_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", about])
 
 
+def elastic_table(found: dict[str, Any]) -> str:
+    """Uniform and elastic widths of the same number of parameters: a row a method, budget and kind of widths."""
+    networks = [n for n in NETWORKS if n in found]
+    seeds = {n: len(found[n]) for n in networks}
+    lines = ["| | parameters | widths | " + " | ".join(f"{n} ({seeds[n]})" for n in networks) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(networks))
+    for name in next(iter(found[networks[0]].values())):
+        method, kind, budget = name.rsplit(", ", 2)
+        cells = [cell([pair[name]["mean"] for pair in found[n].values() if name in pair], seeds[n]) for n in networks]
+        lines.append(f"| {method} | {budget} | {kind.removesuffix(' widths')} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines[:2], *sorted(lines[2:], key=_by_method)])
+
+
+def _by_method(line: str) -> tuple[str, str, bool]:
+    _, method, budget, kind, *_ = (part.strip() for part in line.split("|"))
+    return method, budget, kind == "elastic"
+
+
 def sections(found: dict[str, Any]) -> dict[str, str]:
     """{marker: markdown} for everything that the document shows."""
     result = {}
@@ -201,6 +222,8 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
         result["targets"] = targets(found["halves"])
     if "landscapes" in found:
         result["landscapes"] = landscape_table(found["landscapes"])
+    if "elastic" in found:
+        result["elastic"] = elastic_table(found["elastic"])
     if "heterogeneous" in found:
         result["heterogeneous"] = heterogeneous_table(found["heterogeneous"])
     return result

@@ -23,6 +23,7 @@ from mudsc_fast.cli.verifying import check_law
 if TYPE_CHECKING:
     import torch
 
+    from mudsc_fast.arguments import Width
     from mudsc_fast.averaging import Piece
     from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint, TensorInfo
     from mudsc_fast.distributed import World
@@ -67,6 +68,7 @@ class Request:
     method: str = "align"
     weights: list[float] | None = None
     width: int | float | None = None
+    width_budget: float | None = None
     max_memory: str | None = None
     dry_run: bool = False
     resume: bool = False
@@ -86,6 +88,7 @@ class Request:
             "--balance": self.balance,
             "--stats": self.stats,
             "--width": self.width,
+            "--width-budget": self.width_budget,
             "--save-plan": self.save_plan,
         }
         unused = [name for name, value in matching.items() if value is not None]
@@ -95,6 +98,12 @@ class Request:
             raise click.UsageError(f"--method average matches nothing, so it cannot use {[*unused, '--plan'][0]}")
         if self.width is not None and self.method != "zip":
             raise click.UsageError(f"--width: only --method zip changes widths, got --method {self.method}")
+        if self.width_budget is not None:
+            if self.method != "zip" or self.stats is None:
+                raise click.UsageError("--width-budget: chooses widths by activations, for --method zip with --stats")
+            clash = "--width" if self.width is not None else "--max-memory" if self.max_memory is not None else None
+            if clash is not None:
+                raise click.UsageError(f"--width-budget cannot be used with {clash}")
         if self.balance is not None and self.balance < 1 and self.stats is None:
             raise click.UsageError(
                 f"--balance {self.balance:g} compares activations too, and there are no --stats. Record them with "
@@ -218,6 +227,13 @@ _running = options.together(
     callback=_parse_width,
     metavar="N|SHARE",
     help="With zip: merged units of each space, or a share of its width such as 1.5.",
+)
+@click.option(
+    "--width-budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SHARE",
+    help="With zip and --stats: choose the widths, but not of attention heads, such that OUT holds this share of a "
+    "checkpoint's parameters; with 1 spaces that merge badly become wider and others narrower.",
 )
 @refit_options
 @_record
@@ -419,13 +435,20 @@ def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
         # Under a limit each space's statistics are read when it is matched.
         read = ActivationStats.load if job.limit is None else StatsFile
         stats = read(request.stats, device=job.device)
+    width: Width | None = request.width
+    if request.width_budget is not None and stats is not None:
+        from mudsc_fast.elastic import elastic_widths
+
+        width = elastic_widths(
+            job.states, job.spec, stats, request.width_budget, "zip", progress=not options.settings().quiet
+        )
     plan = match(
         job.states,
         job.spec,
         stats,
         method=request.method,
         balance=balance,
-        width=request.width,
+        width=width,
         seed=request.seed,
         progress=not options.settings().quiet,
         device=job.device,
@@ -439,6 +462,8 @@ def _plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
         about["stats"] = request.stats.name
     if request.width is not None:
         about["width"] = str(request.width)
+    if request.width_budget is not None:
+        about["width_budget"] = f"{request.width_budget:g}"
     if request.save_plan is not None:
         save = partial(plan.save, request.save_plan)
         save() if job.world is None else job.world.first(save)

@@ -223,6 +223,12 @@ USAGE = {
     "negative weights": ((*TWO, "--weights=-1,1"), "weights: expected finite numbers >= 0"),
     "width": ((*TWO, "--width", "big"), "expected units"),
     "width of align": ((*TWO, "--width", "8"), "only --method zip changes widths"),
+    "widths without stats": ((*TWO, "--method", "zip", "--width-budget", "1"), "for --method zip with --stats"),
+    "two widths": (
+        (*TWO, "--method", "zip", "--stats", "s", "--width", "8", "--width-budget", "1"),
+        "cannot be used with --width",
+    ),
+    "no width at all": ((*TWO, "--method", "zip", "--stats", "s", "--width-budget", "0"), "0.0 is not in the range"),
     "impossible width": ((*TWO, "--method", "zip", "--width", "9999"), "width"),
     "plan and stats": ((*TWO, "--plan", "p", "--stats", "s"), "--plan gives one"),
     "average and stats": ((*TWO, "--method", "average", "--stats", "s"), "cannot use --stats"),

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from fashion_mnist import (
     cost,
     data,
+    elastic,
     evaluate,
     heterogeneous,
     heterogeneous_evaluation,
@@ -66,7 +67,7 @@ def test_missing_and_damaged_files_are_named(files: Path) -> None:
 
 
 def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (parents, cost, evaluate, landscapes, plots, train, table):
+    for module in (parents, cost, elastic, evaluate, landscapes, plots, train, table):
         monkeypatch.setattr(module, "NETWORKS", {"mlp": NETWORK})
     monkeypatch.setattr(heterogeneous, "EPOCHS", 1)
     cache, document, results = tmp_path / "cache", tmp_path / "quality.md", tmp_path / "quality.json"
@@ -125,6 +126,7 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     small = {
         "train": [*where, "--split", "halves", "--seeds", "1"],
         "evaluate": [*where, *common],
+        "elastic": [*where, *common],
         "cost": [*where, "--images", "200"],
         "landscape": [*drawn[1:], "--figures", str(figures)],
         "table": ["--cache", str(cache), "--results", str(results), "--document", str(document)],
@@ -136,6 +138,14 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     assert set(shown) == set(small)
     for subcommand in shown:
         run(subcommand, *small[subcommand])
+    found = json.loads((cache / "elastic" / "mlp-halves-0.json").read_text())
+    assert len(found) == len(elastic.BUDGETS) * len(elastic.WIDTHS) * len(elastic.METHODS)
+    assert all(row["size"] <= float(name.rpartition(" ")[2]) for name, row in found.items())
+    shown = table.elastic_table({"mlp": {"0": found}}).splitlines()
+    assert shown[0] == "| | parameters | widths | mlp (1) |"
+    assert len(shown) == 2 + len(found)
+    wanted = f"{found['zip + decoder + rescaling, elastic widths, 1.0']['mean']:.1f}"
+    assert f"| zip + decoder + rescaling | 1.0 | elastic | {wanted} |" in shown
     assert json.loads((cache / "cost.json").read_text())["mlp"]["refit"]["clock"] > 0
 
 

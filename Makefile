@@ -71,9 +71,9 @@ minilm: $(PACKAGE) $(STAMPS)/with-minilm
 quality: $(PACKAGE) $(STAMPS)/with-demo $(STAMPS)/with-hf
 	PYTHONPATH=examples $(PY) -m fashion_mnist train $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist evaluate $(ARGS)
-	PYTHONPATH=examples $(PY) -m fashion_mnist elastic $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist cost $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist landscape $(ARGS)
+	PYTHONPATH=examples $(PY) -m fashion_mnist elastic $(ARGS)
 	PYTHONPATH=examples $(PY) -m fashion_mnist table
 	PYTHONPATH=examples $(PY) -m fashion_mnist plots
 	PYTHONPATH=examples $(PY) examples/small_llamas.py

@@ -1,4 +1,4 @@
-"""PYTHONPATH=examples python -m fashion_mnist train | evaluate | elastic | cost | landscape | table | plots"""
+"""PYTHONPATH=examples python -m fashion_mnist train | evaluate | cost | landscape | elastic | table | plots"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fashion_mnist.train import main as train
 commands = {
     "train": train,
     "evaluate": evaluate,
-    "elastic": elastic,
     "cost": cost,
     "landscape": landscape,
+    "elastic": elastic,
     "table": table,
     "plots": plots,
 }

@@ -101,9 +101,9 @@ class Request:
         if self.width_budget is not None:
             if self.method != "zip" or self.stats is None:
                 raise click.UsageError("--width-budget: chooses widths by activations, for --method zip with --stats")
-            clash = "--width" if self.width is not None else "--max-memory" if self.max_memory is not None else None
-            if clash is not None:
-                raise click.UsageError(f"--width-budget cannot be used with {clash}")
+            for name, value in (("width", self.width), ("max-memory", self.max_memory), ("refit", self.refit)):
+                if value is not None:
+                    raise click.UsageError(f"--width-budget cannot be used with --{name}")
         if self.balance is not None and self.balance < 1 and self.stats is None:
             raise click.UsageError(
                 f"--balance {self.balance:g} compares activations too, and there are no --stats. Record them with "

@@ -75,10 +75,10 @@ def test_yaml_blocks_are_read(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=documents.name_of)
 def test_make_targets_and_links_exist(document: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     text = document.read_text(encoding="utf-8")
     made = [words[words.index("make") + 1] for words in documents.commands(document) if "make" in words]
-    asked = {*re.findall(r"`make ([a-z]+)", text), *made}
+    asked = {*re.findall(r"`make ([a-z-]+)", text), *made}
     assert asked <= targets
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", FENCE.sub("", text)):
         if "://" not in link:

@@ -284,7 +284,8 @@ void bind_network(py::module_& m) {
              py::arg("attenuation"), py::arg("budget"), py::arg("activations"))
         .def("set_labels", &set_labels, py::arg("space"), py::arg("labels"), py::arg("merged"))
         .def("visit", &visit, py::arg("tie"), py::arg("balance"), py::arg("threads"))
-        .def("merge", &merge, py::arg("shares"), py::arg("which"), py::arg("outs"), py::arg("threads"));
+        .def("merge", &merge, py::arg("shares"), py::arg("which"), py::arg("outs"), py::arg("threads"))
+        .def_property_readonly("bounded", [](const Network& network) { return network.bounded(); });
 }
 
 }  // namespace mudsc::bindings

@@ -61,10 +61,11 @@ class TermArg {
     TermTable table_;
 };
 
-// Fills out; returns the index of a term that is not finite (-1: the activation sums are not), or None.
+// Fills out; returns the index of a term that is not finite (-1: the activation sums are not), or None. With `bound`,
+// entries of two units of one model may be upper bounds.
 std::optional<int64_t> similarity(const std::vector<std::vector<TermTuple>>& term_tuples, int64_t n, int64_t models,
                                   bool cross, double balance, const CovarianceBuffers* activation,
-                                  const py::object& out_obj, int threads) {
+                                  const py::object& out_obj, int threads, bool bound) {
     TensorArg out(out_obj, "out");
     require(n > 0 && models > 1 && models <= kMaxModels, "similarity: n or models out of range");
     std::vector<TermArg> keep;
@@ -97,6 +98,7 @@ std::optional<int64_t> similarity(const std::vector<std::vector<TermTuple>>& ter
     a.out = flat_of<void>(out, out->dtype, cross ? (models - 1) * n * n : models * n * models * n, "out");
     int64_t bad = -1;
     a.bad_term = &bad;
+    a.bound = &bound;
     a.threads = threads;
     SignalPoll signals;
     a.poll = signals.poll();
@@ -110,7 +112,7 @@ std::optional<int64_t> similarity(const std::vector<std::vector<TermTuple>>& ter
 
 void bind_similarity(py::module_& m) {
     m.def("similarity", &similarity, py::arg("terms"), py::arg("n"), py::arg("models"), py::arg("cross"),
-          py::arg("balance"), py::arg("activation"), py::arg("out"), py::arg("threads"));
+          py::arg("balance"), py::arg("activation"), py::arg("out"), py::arg("threads"), py::arg("bound") = false);
 }
 
 }  // namespace mudsc::bindings

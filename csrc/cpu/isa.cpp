@@ -43,7 +43,8 @@ bool cpu_runs(const char* name) {
                         __builtin_cpu_supports("avx512cd");
     if (strcmp(name, "avx2") == 0) return avx2;
     if (strcmp(name, "avx512") == 0) return avx512;
-    if (strcmp(name, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (strcmp(name, "avx512_bf16") == 0)
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #else
     (void)name;
 #endif

@@ -170,6 +170,8 @@ struct SimilarityArgs {
     const CovarianceState* activation;  // null: weights alone
     void* out;
     int64_t row_stride;  // of a full out; 0: models * n
+    bool* bound;         // null, or in: entries of two units of one model may be upper bounds, which are quicker to
+                         // find; out: whether they are
     int64_t* bad_term;   // out: the term that is not finite
     int threads;
     Poll poll;

@@ -13,7 +13,8 @@ Network::Network(std::shared_ptr<const NetworkLayout> layout, std::vector<const 
       options_(std::move(options)),
       states_(layout_->spaces.size()),
       mapped_(layout_->maps.size()),
-      duals_(layout_->spaces.size()) {}
+      duals_(layout_->spaces.size()),
+      needs_all_(layout_->spaces.size(), 0) {}
 
 bool Network::aligned(int space) const { return !options_.zip || layout_->spaces[static_cast<size_t>(space)].fixed; }
 

@@ -98,6 +98,9 @@ class Network {
 
     const NetworkLayout& layout() const { return *layout_; }
 
+    // Visits for which upper bounds were enough, and those for which they were not.
+    std::pair<int64_t, int64_t> bounded() const { return bounded_; }
+
   private:
     struct State {
         std::vector<int64_t> labels;  // empty: not matched
@@ -122,6 +125,7 @@ class Network {
         const void* data;
         int64_t n, row_stride, model_stride;  // of the block (model 0, model m), elements
         bool full;
+        bool bound;  // entries inside a model are upper bounds
     };
     class Arena;
 
@@ -130,8 +134,12 @@ class Network {
     void find_members(Mapped& goes_to, int64_t positions) const;
     void evaluate(const NetworkMap& map, Mapped& result) const;
     bool move_piece(const MapPiece& piece, int64_t model, int64_t* labels) const;
-    Status similarity(const KernelTable& table, int space, bool full, double balance, int threads, Poll poll,
-                      Arena& arena, Similar& result);
+    Status similarity(const KernelTable& table, int space, bool full, bool bound, double balance, int threads,
+                      Poll poll, Arena& arena, Similar& result);
+    bool worth_bounds(int space, double balance) const;
+    bool joins_inside(int space, const std::vector<int64_t>& labels) const;
+    Status visit_once(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
+                      std::vector<NetworkMatch>& found, bool* again);
     Status assign_whole(const KernelTable& table, int space, const Similar& s, int threads, Poll poll,
                         NetworkMatch& found);
     Status match_blocks(const KernelTable& table, const std::vector<int>& tie, const std::vector<Similar>& similar,
@@ -146,7 +154,9 @@ class Network {
     std::vector<State> states_;
     std::vector<Mapped> mapped_;
     std::vector<std::vector<double>> duals_;  // [spaces] of the last assignment: [models - 1, 2, width]
+    std::vector<char> needs_all_;             // [spaces] a zip by upper bounds was not the zip
     std::vector<std::shared_ptr<Arena>> arenas_;
+    std::pair<int64_t, int64_t> bounded_{0, 0};
     int64_t next_version_ = 1;
 };
 

@@ -25,8 +25,8 @@ class Network::Arena {
     int64_t bytes_ = 0;
 };
 
-Status Network::similarity(const KernelTable& table, int space, bool full, double balance, int threads, Poll poll,
-                           Arena& arena, Similar& result) {
+Status Network::similarity(const KernelTable& table, int space, bool full, bool bound, double balance, int threads,
+                           Poll poll, Arena& arena, Similar& result) {
     const NetworkSpace& about = layout_->spaces[static_cast<size_t>(space)];
     const int64_t models = layout_->models, n = about.width;
     const CovarianceState* seen = options_.activations[static_cast<size_t>(space)];
@@ -83,8 +83,10 @@ Status Network::similarity(const KernelTable& table, int space, bool full, doubl
     a.threads = threads;
     a.poll = poll;
     a.row_stride = full ? row : 0;
-    result = {a.dtype, a.out, n, row, full ? n : n * n, full};
-    return table.similarity(a);
+    a.bound = &bound;
+    const Status status = table.similarity(a);
+    result = {a.dtype, a.out, n, row, full ? n : n * n, full, bound};
+    return status;
 }
 
 namespace {
@@ -305,13 +307,54 @@ Status Network::zip_units(const KernelTable& table, int space, const Similar& s,
     return Status::ok;
 }
 
+// A zip that joins no two units of one model took entries between models alone (rule 5: an entry of merged units is a
+// minimum of those of their members, times the attenuation). So the products inside models, half of all, are first
+// replaced by upper bounds, which are quicker to find: if even so it joins none, it is the zip of the similarity
+// itself, because at each step that has the same entry, no larger one, and of equal ones none before it. What the
+// space's last match joined tells whether that is worth a try.
+bool Network::worth_bounds(int space, double balance) const {
+    const auto at = static_cast<size_t>(space);
+    if (aligned(space) || needs_all_[at] != 0 || balance <= 0) return false;
+    const std::vector<int64_t>& last = states_[at].labels;
+    return !last.empty() && !joins_inside(space, last);
+}
+
+// Whether two units of one model have one label.
+bool Network::joins_inside(int space, const std::vector<int64_t>& labels) const {
+    const int64_t width = layout_->spaces[static_cast<size_t>(space)].width;
+    std::vector<int64_t> model_of(labels.size(), -1);  // by label: the last model with a unit of it
+    for (size_t k = 0; k < labels.size(); ++k) {
+        int64_t& last = model_of[static_cast<size_t>(labels[k])];
+        const int64_t model = static_cast<int64_t>(k) / width;
+        if (last == model) return true;
+        last = model;
+    }
+    return false;
+}
+
 Status Network::visit(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
                       std::vector<NetworkMatch>& found) {
+    bool again = false;
+    Status status = visit_once(table, tie, balance, threads, poll, found, &again);
+    if (again) status = visit_once(table, tie, balance, threads, poll, found, &again);
+    if (status != Status::ok) return status;
+    for (size_t k = 0; k < tie.size(); ++k) {
+        const int64_t width = layout_->spaces[static_cast<size_t>(tie[k])].width;
+        set_labels(tie[k], found[k].labels.data(),
+                   aligned(tie[k]) ? width : options_.widths[static_cast<size_t>(tie[k])]);
+    }
+    return Status::ok;
+}
+
+// again: out: bounds did not tell, so that all entries are needed; they are not bounded a second time.
+Status Network::visit_once(const KernelTable& table, const std::vector<int>& tie, double balance, int threads,
+                           Poll poll, std::vector<NetworkMatch>& found, bool* again) {
+    *again = false;
     std::vector<Similar> similar(tie.size());
     while (arenas_.size() < tie.size()) arenas_.push_back(std::make_shared<Arena>());
     for (size_t k = 0; k < tie.size(); ++k) {
-        const Status status =
-            similarity(table, tie[k], !aligned(tie[k]), balance, threads, poll, *arenas_[k], similar[k]);
+        const Status status = similarity(table, tie[k], !aligned(tie[k]), worth_bounds(tie[k], balance), balance,
+                                         threads, poll, *arenas_[k], similar[k]);
         if (status != Status::ok) return status;
     }
     found.resize(tie.size());
@@ -324,13 +367,17 @@ Status Network::visit(const KernelTable& table, const std::vector<int>& tie, dou
     } else {
         status = zip_units(table, tie[0], similar[0], {}, threads, poll, found[0]);
     }
-    if (status != Status::ok) return status;
+    if (status != Status::ok && status != Status::infeasible) return status;
+    bool bounded = false;
     for (size_t k = 0; k < tie.size(); ++k) {
-        const int64_t width = layout_->spaces[static_cast<size_t>(tie[k])].width;
-        set_labels(tie[k], found[k].labels.data(),
-                   aligned(tie[k]) ? width : options_.widths[static_cast<size_t>(tie[k])]);
+        if (!similar[k].bound) continue;
+        bounded = true;
+        if (status == Status::ok && !joins_inside(tie[k], found[k].labels)) continue;
+        needs_all_[static_cast<size_t>(tie[k])] = 1;
+        *again = true;
     }
-    return Status::ok;
+    if (bounded) ++(*again ? bounded_.second : bounded_.first);
+    return status;
 }
 
 }  // namespace mudsc

@@ -262,18 +262,36 @@ void edge_tile(int64_t k, const E* a, const E* b, C* c, int64_t ldc, int rows, i
     }
 }
 
-// One 48 x 48 block of C, of which `rows` x `columns` exist; a diagonal block leaves out tiles below the diagonal.
+// Where a product goes. ld 0: blocks of 48 x 48 in row-major order of blocks, only j >= i if symmetric.
+template <typename C>
+struct GramTarget {
+    C* data;
+    int64_t ld;
+    int64_t rows, columns;  // units
+    bool symmetric;         // rows are the columns: only entries on and above the diagonal are computed
+    int64_t group = 0;      // of a symmetric product, units that follow each other and are not multiplied among them
+
+    // The first column that is wanted of a row. Later rows want none before it.
+    int64_t first_column(int64_t row) const {
+        if (!symmetric) return 0;
+        return group > 0 ? (row / group + 1) * group : row;
+    }
+};
+
+// The 48 x 48 block of C at (row0, column0), of which `rows` x `columns` exist; tiles without a wanted entry are left
+// out.
 template <typename C, typename E>
-void block_product(int64_t k, const E* a, const E* b, C* c, int64_t ldc, int rows, int columns, bool diagonal,
-                   bool padded) {
+void block_product(int64_t k, const E* a, const E* b, const GramTarget<C>& target, int64_t row0, int64_t column0, C* c,
+                   int64_t ldc, int rows, int columns, bool padded) {
     using T = typename Packed<E>::sum;
     constexpr int kLanes = Tile<T>::kLanes, kRows = Tile<T>::kRows, kVectors = Tile<T>::kVectors;
     constexpr int kColumns = Tile<T>::kColumns;
     for (int column = 0; column < columns; column += kColumns) {
         const int wide = columns - column < kColumns ? columns - column : kColumns;
         for (int row = 0; row < rows; row += kRows) {
-            const int first = diagonal && row > column ? (row - column) / kLanes : 0;
-            if (first >= kVectors) break;
+            const int64_t unwanted = (target.first_column(row0 + row) - column0 - column) / kLanes;
+            if (unwanted >= kVectors) break;
+            const int first = unwanted > 0 ? static_cast<int>(unwanted) : 0;
             C* at = c + row * ldc + column;
             if (first == 0 && wide == kColumns && (padded || rows - row >= kRows)) {
                 tile<C, E, kVectors>(k, a + row, b + column, at, ldc);
@@ -283,15 +301,6 @@ void block_product(int64_t k, const E* a, const E* b, C* c, int64_t ldc, int row
         }
     }
 }
-
-// Where a product goes. ld 0: blocks of 48 x 48 in row-major order of blocks, only j >= i if symmetric.
-template <typename C>
-struct GramTarget {
-    C* data;
-    int64_t ld;
-    int64_t rows, columns;  // units
-    bool symmetric;         // rows are the columns: only entries on and above the diagonal are computed
-};
 
 inline int64_t block_index(int64_t i, int64_t j, int64_t column_blocks, bool symmetric) {
     return symmetric ? i * column_blocks - i * (i - 1) / 2 + (j - i) : i * column_blocks + j;
@@ -311,25 +320,25 @@ void gram_block(const GramOperand<T>& p, const GramOperand<T>& q, int64_t depth,
     const int64_t row = i * kPanel, column = j * kPanel;
     const int rows = static_cast<int>(min64(kPanel, c.rows - row)),
               columns = static_cast<int>(min64(kPanel, c.columns - column));
-    const bool padded = c.ld == 0, diagonal = c.symmetric && i == j;
+    const bool padded = c.ld == 0;
     const int64_t ldc = padded ? kPanel : c.ld;
     C* at = padded ? c.data + block_index(i, j, ceil_div(c.columns, kPanel), c.symmetric) * kPanel * kPanel
                    : c.data + row * c.ld + column;
     if constexpr (kHasBf16 && sizeof(T) == sizeof(float)) {
         if (p.raw != nullptr && q.raw != nullptr && p.raw[i] != nullptr && q.raw[j] != nullptr) {
-            block_product<C, uint32_t>((depth + 1) / 2, p.raw[i], q.raw[j], at, ldc, rows, columns, diagonal, padded);
+            block_product<C, uint32_t>((depth + 1) / 2, p.raw[i], q.raw[j], c, row, column, at, ldc, rows, columns,
+                                       padded);
             return;
         }
     }
-    block_product<C, T>(depth, p.values[i], q.values[j], at, ldc, rows, columns, diagonal, padded);
+    block_product<C, T>(depth, p.values[i], q.values[j], c, row, column, at, ldc, rows, columns, padded);
 }
 
-// C += P^T Q over samples [0, depth). A task is 4 x 8 blocks: its four row panels of 512 floats a unit (400 KiB) and
-// the column panel at work (100 KiB) stay in a 1 MiB L2, and a column panel is read once for all four. Where that
+// Calls multiply(i, j) for the blocks of C. A task is 4 x 8 blocks: its four row panels of 512 floats a unit (400 KiB)
+// and the column panel at work (100 KiB) stay in a 1 MiB L2, and a column panel is read once for all four. Where that
 // leaves too few tasks to share, they are halved. Returns false when `poll` asked to stop.
-template <typename T, typename C>
-bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const GramOperand<T>& q, const GramTarget<C>& c,
-                  const Poll* poll = nullptr) {
+template <typename C, typename Multiply>
+bool gram_blocks(int threads, int64_t depth, const GramTarget<C>& c, const Poll* poll, const Multiply& multiply) {
     const int64_t row_blocks = ceil_div(c.rows, kPanel), column_blocks = ceil_div(c.columns, kPanel);
     if (row_blocks == 0 || column_blocks == 0 || depth == 0) return true;
     // Below about 50 microseconds of work a second thread costs more than it brings.
@@ -353,10 +362,17 @@ bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const Gra
         if (__atomic_load_n(&stopped, __ATOMIC_RELAXED)) return;
         for (int64_t j = j0; j < j1; ++j) {
             const int64_t last = c.symmetric ? min64(i1, j + 1) : i1;
-            for (int64_t i = i0; i < last; ++i) gram_block(p, q, depth, i, j, c);
+            for (int64_t i = i0; i < last; ++i) multiply(i, j);
         }
     });
     return !stopped;
+}
+
+// C += P^T Q over samples [0, depth). Returns false when `poll` asked to stop.
+template <typename T, typename C>
+bool gram_product(int threads, int64_t depth, const GramOperand<T>& p, const GramOperand<T>& q, const GramTarget<C>& c,
+                  const Poll* poll = nullptr) {
+    return gram_blocks(threads, depth, c, poll, [&](int64_t i, int64_t j) { gram_block(p, q, depth, i, j, c); });
 }
 
 }  // namespace

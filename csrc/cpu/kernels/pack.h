@@ -180,12 +180,15 @@ inline void take(const T* data, const int64_t* at, int64_t members, W* to) {
     sum.store(to);
 }
 
-// One unit's columns, run after run; the last vector of a run ends where the run does.
+// One unit's columns, run after run; the last vector of a run ends where the run does. The same of a unit that is read
+// soon are asked for.
 template <typename W, typename T>
-void gather_unit(const T* data, const Columns& columns, const Run* runs, int64_t count, W* to) {
+void gather_unit(const T* data, const T* soon, const Columns& columns, const Run* runs, int64_t count, W* to) {
     for (int64_t r = 0; r < count; ++r) {
         const int64_t c = runs[r].first, n = runs[r].length;
         const int64_t* at = columns.off + (columns.ptr != nullptr ? columns.ptr[c] : c);
+        __builtin_prefetch(soon + at[0]);
+        __builtin_prefetch(soon + at[0] + n - 1);
         const int64_t members = columns.ptr != nullptr ? columns.ptr[c + 1] - columns.ptr[c] : 1;
         if (n >= 8) {
             for (int64_t k = 0; k + 8 <= n; k += 8) take<8, W>(data + k, at, members, to + k);
@@ -273,7 +276,8 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
             } else if (run) {
                 convert_run<false>(part[u], unit + columns.off[c0], n);
             } else {
-                gather_unit(unit, columns, runs, count, part[u]);
+                const T* soon = data + unit_off[min64(u0 + u + kAtOnce, units - 1)];
+                gather_unit(unit, soon, columns, runs, count, part[u]);
             }
         }
         int64_t done = 0;

@@ -1,5 +1,6 @@
 // Similarity of units: correlation of their weights, accumulated term after term straight into the result, and its
 // blend with the correlation of their activations, read from a covariance's accumulators.
+#include "cpu/kernels/bounds.h"
 #include "cpu/kernels/covariance.h"
 #include "cpu/kernels/pack.h"
 
@@ -16,15 +17,18 @@ class Similarity {
         panels_each_ = ceil_div(a_.n, kPanel);
         full_ld_ = a_.row_stride > 0 ? a_.row_stride : a_.n * a_.models;
         panels_ = a_.cross ? panels_each_ * a_.models : layout_.panels;
+        bound_ = kHasBounds && sizeof(W) == sizeof(float) && a_.bound != nullptr && *a_.bound && !a_.cross;
     }
 
     Status run() {
         const bool weights = a_.term_count > 0 && (a_.balance > 0 || a_.activation == nullptr);
+        bound_ &= weights;
         if (weights) {
             Status status = correlate_once();
             if (status == Status::not_converged) status = correlate_rows();
             if (status != Status::ok) return status;
         }
+        if (a_.bound != nullptr) *a_.bound = bound_;
         return blend(weights);
     }
 
@@ -99,7 +103,7 @@ class Similarity {
 
     // The careful way: rows are measured first, then centred and normalised as they are packed.
     Status correlate_rows() {
-        corrected_ = false;
+        corrected_ = bound_ = false;
         const Status status = measure_rows();
         if (status != Status::ok) return status;
         return accumulate([&](int64_t p, W* block, int64_t n) {
@@ -123,6 +127,12 @@ class Similarity {
             total += columns;
         }
         if (total == 0) return Status::not_converged;
+        if (bound_) {
+            if (!rounded_.allocate(panels_) || !missed_.allocate(units) || !error_.allocate(units) ||
+                !reach_.allocate(units))
+                return Status::no_memory;
+            for (int64_t u = 0; u < units; ++u) missed_[u] = 0;
+        }
         parallel_each(a_.threads, panels_, [&](int64_t p, int) {
             guess(p, widest, total, shift.get() + p * kPanel, scale.get() + p * kPanel);
             for (int64_t u = p * kPanel; u < (p + 1) * kPanel; ++u) sums[u] = squares[u] = 0;
@@ -142,7 +152,13 @@ class Similarity {
             const bool dead = is_dead(variance, fmax(variance + mean * mean, offset * offset));
             mean_[u] = static_cast<W>(offset * sqrt(n));
             inverse_[u] = dead ? W(0) : static_cast<W>(1 / sqrt(variance * n));
+            if (!bound_) continue;
+            const double by = static_cast<double>(inverse_[u]);
+            error_[u] = static_cast<W>(by * sqrt(missed_[u]));
+            reach_[u] = static_cast<W>(by * sqrt(squares[u]));
         }
+        // Of what is multiplied in W, and of the bound itself.
+        slack_ = static_cast<W>(1e-4 + 1.2e-7 * (static_cast<double>(kStep) + n / static_cast<double>(kStep)));
         corrected_ = true;
         return good ? Status::ok : Status::not_converged;
     }
@@ -220,13 +236,27 @@ class Similarity {
         const GramOperand<W> rows{values, nullptr};
         if (!a_.cross) {
             const int64_t units = a_.n * a_.models;
-            return gram_product(a_.threads, depth, rows, rows, GramTarget<W>{out_, full_ld_, units, units, true},
-                                &a_.poll);
+            const GramTarget<W> target{out_, full_ld_, units, units, true, bound_ ? a_.n : 0};
+            if (!gram_product(a_.threads, depth, rows, rows, target, &a_.poll)) return false;
+            return !bound_ || multiply_rounded(depth, values, target);
         }
         for (int64_t m = 1; m < a_.models; ++m) {
             const GramOperand<W> columns{values + m * panels_each_, nullptr};
             const GramTarget<W> target{out_ + (m - 1) * a_.n * a_.n, a_.n, a_.n, a_.n, false};
             if (!gram_product(a_.threads, depth, rows, columns, target, &a_.poll)) return false;
+        }
+        return true;
+    }
+
+    // What the product of units of different models left out.
+    bool multiply_rounded(int64_t depth, const W* const* values, const GramTarget<W>& target) const {
+        if constexpr (sizeof(W) == sizeof(float)) {
+            parallel_each(a_.threads, panels_, [&](int64_t p, int) {
+                round_panel(values[p], depth, rounded_[p], missed_.get() + p * kPanel);
+            });
+            return gram_blocks(a_.threads, depth, target, &a_.poll, [&](int64_t i, int64_t j) {
+                bound_block(ceil_div(depth, kQuad), rounded_[i], rounded_[j], target, i * kPanel, j * kPanel);
+            });
         }
         return true;
     }
@@ -272,7 +302,10 @@ class Similarity {
     void blend_full(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
         const int64_t ld = full_ld_;
         for (int64_t i = i0; i < i1; ++i) {
-            const int64_t j = max64(i, j0);
+            int64_t j = max64(i, j0);
+            const int64_t inside = bound_ ? min64((i / a_.n + 1) * a_.n, j1) : j;
+            if (j < inside) blend_run<kPanel>(layout_, i, j, j, inside - j, out_ + i * ld + j, true);
+            j = max64(j, inside);
             if (j < j1) blend_run<kPanel>(layout_, i, j, j, j1 - j, out_ + i * ld + j);
         }
         if (i0 == j0) {
@@ -295,14 +328,19 @@ class Similarity {
     }
 
     // row[0 .. n): unit i of the first models with the units from position `column` of the activations and `packed` of
-    // the weights on.
+    // the weights on. bound: these come from rounded panels.
     template <int64_t kMost>
     void blend_run(const Layout& layout, int64_t i, int64_t packed, int64_t column, int64_t n,
-                   W* __restrict row) const {
+                   W* __restrict row, bool bound = false) const {
         if (share_ > 0 && corrected_) {
             const W offset = mean_[i], by = inverse_[i];
             const W *offsets = mean_.get() + packed, *others = inverse_.get() + packed;
             for (int64_t j = 0; j < n; ++j) row[j] = (row[j] - offset * offsets[j]) * (by * others[j]);
+        }
+        if (bound) {  // |x y - (x + d) (y + e)| <= |d| |y| + |x| |e| + |d| |e| for rows x and y and what they missed
+            const W error = error_[i], reach = reach_[i] + error;
+            const W *errors = error_.get() + packed, *reaches = reach_.get() + packed;
+            for (int64_t j = 0; j < n; ++j) row[j] += error * reaches[j] + reach * errors[j] + slack_;
         }
         if (share_ > 0) {
             for (int64_t j = 0; j < n; ++j) {
@@ -328,6 +366,13 @@ class Similarity {
     // Of the rows; with corrected_, what a row's shift misses of its mean, times the root of the number of columns.
     Buffer<W> mean_, inverse_;
     bool corrected_ = false;
+    // Entries inside a model come from rounded panels: then, in units of a row's centred norm, what rounding took from
+    // it at most, and the norm of what is multiplied.
+    bool bound_;
+    Buffer<RoundedPanel> rounded_;
+    Buffer<double> missed_;
+    Buffer<W> error_, reach_;
+    W slack_ = 0;
     const CovarianceState* source_ = nullptr;  // of activations, where they have a share
     Moments moments_;
     double share_ = 0;  // of the weights

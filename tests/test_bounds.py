@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -89,7 +89,7 @@ def test_threads_give_the_same_bounds() -> None:
 
 
 @pytest.fixture
-def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def bounded(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function: visits so far for which bounds were enough, and those for which they were not."""
     cores: list[_core.Network] = []
     make = network.Network.__init__
@@ -103,7 +103,7 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def counts() -> tuple[int, int]:
         return sum(core.bounded[0] for core in cores), sum(core.bounded[1] for core in cores)
 
-    yield counts
+    return counts
 
 
 def mlp(
@@ -113,7 +113,7 @@ def mlp(
     g = torch.Generator().manual_seed(seed)
     sizes = [20, *widths, 5]
     base = {}
-    for k, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for k, (before, after) in enumerate(pairwise(sizes)):
         base[f"fc{k}.weight"], base[f"fc{k}.bias"] = (
             torch.randn(after, before, generator=g),
             torch.randn(after, generator=g),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mudsc_fast.axes import AxisMap, axis_labels
 from mudsc_fast.leading import led
-from mudsc_fast.network import merging_of
+from mudsc_fast.network import Merging, merging_of
 from mudsc_fast.regrouping import regroup
 from mudsc_fast.weights import Weights, is_finite
 
@@ -71,6 +71,38 @@ def merge_pieces(
     ready = None
     if limit is None and only is None and not leaders:
         ready = merging_of(spec, labels, widths, weights.state_dicts, shares)
+    yield from _pieces(spec, labels, widths, weights, shares, limit, only, leaders, ready)
+
+
+def merge_all(
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    shares: Sequence[float],
+    leaders: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The same, all at once and whole."""
+    weights = Weights(state_dicts, spec, whole=True)
+    ready = None if leaders else merging_of(spec, labels, widths, weights.state_dicts, shares)
+    made = (ready.take_all() if ready is not None else None) or {}
+    left = {name for name in weights.names if name not in made}
+    pieces = _pieces(spec, labels, widths, weights, shares, None, left, leaders, None)
+    made |= {piece.name: piece.tensor for piece in pieces}
+    return {name: made[name] for name in weights.names}
+
+
+def _pieces(
+    spec: PermutationSpec,
+    labels: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    weights: Weights,
+    shares: Sequence[float],
+    limit: int | None,
+    only: Container[str] | None,
+    leaders: Mapping[str, Tensor] | None,
+    ready: Merging | None,
+) -> Iterator[Piece]:
     for name in weights.names:
         if only is not None and name not in only:
             continue

@@ -134,7 +134,7 @@ def match(
     widths = merged_widths(spec, method, width, models)
     where = torch.device(device) if device is not None else None
     if where is None and activations:
-        where = getattr(activations, "device", None) or next(iter(activations.values())).mean.device
+        where = getattr(activations, "device", None) or next(iter(activations.values())).device
     matcher = Matcher(spec, models, method, weights, activations or {}, balance, widths, attenuation, budget, where)
     matcher.whole_blocks = whole_blocks
     if max_memory is not None:

@@ -223,6 +223,16 @@ class Merging:
             self._make_some()
         return self._made.pop(name, None)
 
+    def take_all(self) -> dict[str, Tensor] | None:
+        """All that can be merged, where nothing was taken yet; None where something is not finite."""
+        names = list(self._left)
+        outs = [torch.empty_like(self._tensors[name][0]) for name in names]
+        found = self._merge(names, outs)
+        if 1 in found:
+            return None
+        self._left.clear()
+        return {name: out for name, out, status in zip(names, outs, found, strict=True) if status == 0}
+
     def _make_some(self) -> None:
         names: list[str] = []
         outs: list[Tensor] = []
@@ -233,11 +243,15 @@ class Merging:
             names.append(name)
             outs.append(out)
             size += out.nbytes
-        which, pointers = [self._index[name] for name in names], [out.data_ptr() for out in outs]
-        found = self._core.merge(self._shares, which, pointers, torch.get_num_threads())
+        found = self._merge(names, outs)
         self._made.update(
             (name, (out, status == 0)) for name, out, status in zip(names, outs, found, strict=True) if status < 2
         )
+
+    def _merge(self, names: Sequence[str], outs: Sequence[Tensor]) -> list[int]:
+        """For each tensor 0: merged, 1: not finite, 2: has to be merged the plain way."""
+        which, pointers = [self._index[name] for name in names], [out.data_ptr() for out in outs]
+        return self._core.merge(self._shares, which, pointers, torch.get_num_threads())
 
 
 # Bytes of merged tensors that are made by one call, so that a merge holds little beside what it has handed out.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import _core
-from mudsc_fast.averaging import Piece, align_pieces, check_weights, merge_pieces
+from mudsc_fast.averaging import Piece, align_pieces, check_weights, merge_all, merge_pieces
 from mudsc_fast.records import PathLike, read_record, write_record
 from mudsc_fast.spec import PermutationSpec
 
@@ -94,7 +94,8 @@ class MergePlan:
         float64). Integer and bool tensors are model 0's. Raises ValueError for missing tensors, shapes that disagree
         and NaN or inf in a tensor of the spec; TypeError for a tensor of the spec that is not floating.
         """
-        return dict(self.merge_tensors(state_dicts, weights))
+        state_dicts, shares = self._checked_models(state_dicts, weights)
+        return merge_all(self.spec, self.labels, self.widths, state_dicts, shares, self.leaders)
 
     def merge_tensors(
         self,
@@ -116,11 +117,16 @@ class MergePlan:
 
         limit: bytes of one model's rows that are merged at once; None: tensors whole.
         """
+        state_dicts, shares = self._checked_models(state_dicts, weights)
+        return merge_pieces(self.spec, self.labels, self.widths, state_dicts, shares, limit, only, self.leaders)
+
+    def _checked_models(
+        self, state_dicts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
+    ) -> tuple[list[Mapping[str, Tensor]], list[float]]:
         state_dicts = list(state_dicts)
         if len(state_dicts) != self.models:
             raise ValueError(f"state_dicts: expected {self.models}, one a model of the plan, got {len(state_dicts)}")
-        shares = check_weights(weights, self.models)
-        return merge_pieces(self.spec, self.labels, self.widths, state_dicts, shares, limit, only, self.leaders)
+        return state_dicts, check_weights(weights, self.models)
 
     def align(self, state_dict: Mapping[str, Tensor], model: int = 1) -> dict[str, Tensor]:
         """This model's own function, expressed in model 0's unit order; bit-exact moves, any dtype.

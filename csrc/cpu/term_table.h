@@ -73,6 +73,7 @@ class TermTable {
         for (int d : plain) axes_in_order.push_back({{d}, nullptr, shape[d], nullptr});
         std::sort(axes_in_order.begin(), axes_in_order.end(),
                   [](const LabelledAxes& a, const LabelledAxes& b) { return a.dims[0] < b.dims[0]; });
+        if (reorder(shape, strides, axes_in_order)) return;
         std::vector<int64_t> members{0}, columns{0};
         std::vector<double> scale{1.0};
         for (const LabelledAxes& axes : axes_in_order) {
@@ -111,6 +112,34 @@ class TermTable {
         }
         if (!single) ptr_.swap(ptr);
         if (scaled) scale_.swap(scale);
+    }
+
+    // The same where every merged unit has one member and no scale. Returns false where one has not.
+    bool reorder(const int64_t* shape, const int64_t* strides, const std::vector<LabelledAxes>& axes_in_order) {
+        std::vector<int64_t> result{0}, order;
+        for (const LabelledAxes& axes : axes_in_order) {
+            const std::vector<int64_t> steps = offsets(shape, strides, axes.dims);
+            const size_t count = steps.size();
+            order = steps;
+            if (axes.labels != nullptr) {
+                if (static_cast<int64_t>(count) != axes.size) return false;
+                std::vector<char> taken(count, 0);
+                for (size_t k = 0; k < count; ++k) {
+                    const auto at = static_cast<size_t>(axes.labels[k]);
+                    if (taken[at] != 0 || (axes.scale != nullptr && axes.scale[at] != 1.0)) return false;
+                    taken[at] = 1;
+                    order[at] = steps[k];
+                }
+            }
+            std::vector<int64_t> longer(result.size() * count);
+            int64_t* to = longer.data();
+            for (int64_t base : result) {
+                for (int64_t step : order) *to++ = base + step;
+            }
+            result.swap(longer);
+        }
+        off_.swap(result);
+        return true;
     }
 
     std::vector<int64_t> unit_off_, off_, ptr_;  // ptr_ is empty where every column has one member

@@ -180,6 +180,24 @@ inline void take(const T* data, const int64_t* at, int64_t members, W* to) {
     sum.store(to);
 }
 
+// Whether columns with one member each come in runs of nine, the 3 x 3 kernels of many networks.
+inline bool all_nines(const Columns& columns, const Run* runs, int64_t count) {
+    bool nines = columns.ptr == nullptr;
+    for (int64_t r = 0; r < count; ++r) nines &= runs[r].length == 9;
+    return nines;
+}
+
+template <typename W>
+void copy_nines(const W* data, const W* soon, const Columns& columns, const Run* runs, int64_t count, W* to) {
+    for (int64_t r = 0; r < count; ++r, to += 9) {
+        const int64_t at = columns.off[runs[r].first];
+        __builtin_prefetch(soon + at);
+        __builtin_prefetch(soon + at + 8);
+        memcpy(to, data + at, 8 * sizeof(W));
+        to[8] = data[at + 8];
+    }
+}
+
 // One unit's columns, run after run; the last vector of a run ends where the run does. The same of a unit that is read
 // soon are asked for.
 template <typename W, typename T>
@@ -263,6 +281,7 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
         scale_columns(columns, units, c0, n, to);
         return;
     }
+    const bool nines = sizeof(T) == sizeof(W) && !run && all_nines(columns, runs, count);
     constexpr int64_t kAtOnce = 8;
     W part[kAtOnce][kPackRows];
     for (int64_t u0 = 0; u0 < units; u0 += kAtOnce) {
@@ -277,6 +296,12 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
                 convert_run<false>(part[u], unit + columns.off[c0], n);
             } else {
                 const T* soon = data + unit_off[min64(u0 + u + kAtOnce, units - 1)];
+                if constexpr (sizeof(T) == sizeof(W)) {
+                    if (nines) {
+                        copy_nines(unit, soon, columns, runs, count, part[u]);
+                        continue;
+                    }
+                }
                 gather_unit(unit, soon, columns, runs, count, part[u]);
             }
         }
@@ -354,13 +379,14 @@ void measure(const W* block, int64_t n, double* sums, double* squares) {
 }
 
 // Samples in one pass: with Zeroed, non-finite entries count as 0 (docs/method.md rule 1); block = (block - shift) *
-// scale; then sums and squares as in measure, of 16 samples at a time in W.
+// scale; then sums and squares as in measure, of 16 samples at a time in W. Lanes after the first `units` are left alone.
 template <bool Zeroed = true, typename W>
-void settle_samples(W* block, int64_t n, const W* shift, const W* scale, double* sums, double* squares) {
+void settle_samples(W* block, int64_t n, const W* shift, const W* scale, double* sums, double* squares,
+                    int units = kPanel) {
     using V = typename VectorOf<W>::type;
     constexpr int kLanes = Tile<W>::kLanes;
     constexpr int64_t kChain = 16;
-    for (int u = 0; u < kPanel; u += kLanes) {
+    for (int u = 0; u < units; u += kLanes) {
         const V from = *reinterpret_cast<const V*>(shift + u), by = *reinterpret_cast<const V*>(scale + u), zero = V{};
         for (int64_t k = 0; k < n; k += kChain) {
             V sum = V{}, square = V{};

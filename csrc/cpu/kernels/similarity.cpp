@@ -43,6 +43,13 @@ class Similarity {
         fn(panel / panels_each_, unit, 0, static_cast<int>(min64(kPanel, a_.n - unit)));
     }
 
+    // The first lanes of a panel that hold all its units.
+    int filled(int64_t p) const {
+        int lanes = 0;
+        segments(p, [&](int64_t, int64_t, int lane, int units) { lanes = lane + units; });
+        return lanes;
+    }
+
     void fill_panel(int64_t p, int64_t term, int64_t c0, int64_t n, W* to) const {
         segments(p, [&](int64_t model, int64_t unit, int lane, int units) {
             const SimilarityTerm& t = a_.terms[term * a_.models + model];
@@ -139,7 +146,8 @@ class Similarity {
         });
         const Status status = accumulate([&](int64_t p, W* block, int64_t n) {
             const int64_t u = p * kPanel;
-            settle_samples<false>(block, n, shift.get() + u, scale.get() + u, sums.get() + u, squares.get() + u);
+            settle_samples<false>(block, n, shift.get() + u, scale.get() + u, sums.get() + u, squares.get() + u,
+                                  filled(p));
         });
         if (status != Status::ok) return status;
         const double n = static_cast<double>(total);
@@ -189,8 +197,10 @@ class Similarity {
         Buffer<W> packed(panels_ * size);
         Buffer<const W*> values(panels_);
         if (!packed || !values) return Status::no_memory;
-        memset(packed.get(), 0, static_cast<size_t>(panels_ * size) * sizeof(W));
-        for (int64_t p = 0; p < panels_; ++p) values[p] = packed.get() + p * size;
+        for (int64_t p = 0; p < panels_; ++p) {
+            values[p] = packed.get() + p * size;
+            if (filled(p) < kPanel) memset(packed.get() + p * size, 0, static_cast<size_t>(size) * sizeof(W));
+        }
         const int64_t rows = a_.cross ? a_.n * (a_.models - 1) : a_.n * a_.models;
         const int64_t columns = a_.cross ? a_.n : rows, ld = a_.cross ? a_.n : full_ld_;
         parallel_each(a_.threads, rows,

@@ -260,8 +260,21 @@ def test_merged_at_once_is_merged_one_by_one(
     taken: list[str] = []
     take = network.Merging.take
     monkeypatch.setattr(network.Merging, "take", lambda self, key: taken.append(key) or take(self, key))
-    quick = plan.merge(states, weights)
+    quick = dict(plan.merge_tensors(states, weights))
     assert len(taken) >= len(spec.entries) // 2
+    all_taken: list[str] = []
+    take_all = network.Merging.take_all
+
+    def counted(self: network.Merging) -> Any:
+        made = take_all(self)
+        all_taken.extend(made or ())
+        return made
+
+    monkeypatch.setattr(network.Merging, "take_all", counted)
+    whole = plan.merge(states, weights)
+    assert len(all_taken) >= len(spec.entries) // 2
+    assert list(whole) == list(quick)
+    assert all(torch.equal(x, quick[key]) for key, x in whole.items())
     monkeypatch.setattr(averaging, "merging_of", lambda *_: None)
     plain = plan.merge(states, weights)
     assert list(quick) == list(plain)

@@ -101,7 +101,7 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(network.Network, "__init__", noted)
 
     def counts() -> tuple[int, int]:
-        return sum(core.bounded[0] for core in cores), sum(core.bounded[1] for core in cores)
+        return sum(core.bounded()[0] for core in cores), sum(core.bounded()[1] for core in cores)
 
     return counts
 

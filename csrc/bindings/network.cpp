@@ -285,7 +285,7 @@ void bind_network(py::module_& m) {
         .def("set_labels", &set_labels, py::arg("space"), py::arg("labels"), py::arg("merged"))
         .def("visit", &visit, py::arg("tie"), py::arg("balance"), py::arg("threads"))
         .def("merge", &merge, py::arg("shares"), py::arg("which"), py::arg("outs"), py::arg("threads"))
-        .def_property_readonly("bounded", [](const Network& network) { return network.bounded(); });
+        .def("bounded", &Network::bounded);
 }
 
 }  // namespace mudsc::bindings

@@ -108,6 +108,17 @@ def test_barrier_is_the_excess_over_the_straight_line() -> None:
     )
 
 
+def test_the_order_of_names_is_not_part_of_a_network(tmp_path: Path) -> None:
+    states, file = _states(), tmp_path / "grid.json"
+    first = landscape(states, _squares(states), resolution=2, path=file, progress=False)  # type: ignore[arg-type]
+
+    def never(state: State) -> dict[str, float]:
+        raise AssertionError("all losses are in the file")
+
+    turned = [dict(reversed(list(state.items()))) for state in states]
+    assert landscape(turned, never, resolution=2, path=file, progress=False) == first
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     states, file, calls = _states(), tmp_path / "grid.json", []
     plain = _squares(states)

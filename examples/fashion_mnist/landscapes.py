@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import mudsc_fast as mf
 from fashion_mnist.data import DEBIAN, SPLITS, Fashion, class_vectors, load
 from fashion_mnist.evaluate import CACHE, study_pair
 from fashion_mnist.methods import METHODS, Pair
-from fashion_mnist.parents import LOGIT_SCALE, NETWORKS, features_of
+from fashion_mnist.parents import LOGIT_SCALE, NETWORKS, features_of, save
+from fashion_mnist.parents import load as load_checkpoint
 from mudsc_fast.evaluation import Landscape, Path1D, landscape, loss_path
+from mudsc_fast.evaluation.plane import fingerprint
 
 FIGURES = Path("docs/images/quality")
+ENDS = ("as trained", "after MuDSC align")  # of the second parent
 MERGES = {"zip": "MuDSC zip", "best": "best, heads known"}
 SPLIT, SEED = "halves", 0
 State = dict[str, Tensor]
@@ -43,6 +47,22 @@ def in_order_of(merged: State, parent: State, spec: mf.PermutationSpec) -> State
     return spec.permute(parent, {name: labels[1].argsort() for name, labels in plan.labels.items()})
 
 
+def kept(path: Path, pair: Pair, make: Callable[[], dict[str, State]]) -> dict[str, State]:
+    """A figure's networks, made once: made again they may differ in the last bit, and losses are of these alone."""
+    about = {"parents": fingerprint(pair.states), "images": sum(map(len, pair.calibration))}
+    if path.exists():
+        tensors, known = load_checkpoint(path)
+        if known == about:
+            found: dict[str, State] = {}
+            for name, tensor in tensors.items():
+                network, _, rest = name.partition("/")
+                found.setdefault(network, {})[rest] = tensor
+            return found
+    networks = {name: {k: x.detach().clone() for k, x in state.items()} for name, state in make().items()}
+    save(path, {f"{name}/{k}": x for name, state in networks.items() for k, x in state.items()}, about)
+    return networks
+
+
 def measure(
     network: str, merge: str, pair: Pair, data: Fashion, folder: Path, resolution: int, every: int
 ) -> Landscape:
@@ -53,11 +73,16 @@ def measure(
         net = pair.reset(mf.installed(pair.models[0], state))
         return own_losses(features_of(net, images), labels, vectors)
 
-    net: nn.Module = METHODS[MERGES[merge]](pair)
-    merged = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    parents = [in_order_of(merged, state, pair.spec) for state in pair.states]
+    def made() -> dict[str, State]:
+        net: nn.Module = METHODS[MERGES[merge]](pair)
+        merged = net.state_dict()
+        parents = [in_order_of(merged, state, pair.spec) for state in pair.states]
+        return dict(zip("AB", parents, strict=True)) | {"merged": merged}
+
     file = folder / f"{network}-{merge}.json"
-    return landscape([*parents, merged], losses, ("A", "B", "merged"), resolution, path=file)
+    states = kept(file.with_suffix(".safetensors"), pair, made)
+    names = ("A", "B", "merged")
+    return landscape([states[name] for name in names], losses, names, resolution, path=file)
 
 
 def paths(network: str, pair: Pair, data: Fashion, folder: Path, steps: int, every: int) -> dict[str, Path1D]:
@@ -68,13 +93,17 @@ def paths(network: str, pair: Pair, data: Fashion, folder: Path, steps: int, eve
         net = pair.reset(mf.installed(pair.models[0], state))
         return own_losses(features_of(net, images), labels, vectors)
 
-    plan = pair.searched("align")
     first, second = pair.states
-    aligned = pair.spec.permute(second, {name: rows[1].argsort() for name, rows in plan.labels.items()})
-    ends = {"as trained": second, "after MuDSC align": aligned}
+
+    def made() -> dict[str, State]:
+        plan = pair.searched("align")
+        order = {name: rows[1].argsort() for name, rows in plan.labels.items()}
+        return dict(zip(ENDS, (second, pair.spec.permute(second, order)), strict=True))
+
+    ends = kept(folder / f"{network}-path.safetensors", pair, made)
     return {
-        name: loss_path(first, end, losses, steps, folder / f"{network}-path-{k}.json")
-        for k, (name, end) in enumerate(ends.items())
+        name: loss_path(first, ends[name], losses, steps, folder / f"{network}-path-{k}.json")
+        for k, name in enumerate(ENDS)
     }
 
 

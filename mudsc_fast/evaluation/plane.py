@@ -82,11 +82,11 @@ def check_alike(state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
 
 
 def fingerprint(state_dicts: Sequence[Mapping[str, Tensor]]) -> str:
-    """A digest of all names, shapes, dtypes and values."""
+    """A digest of all names, shapes, dtypes and values, in whatever order the names come."""
     digest = hashlib.blake2b(digest_size=16)
     for state in state_dicts:
-        for name, tensor in state.items():
-            plain = tensor.detach().cpu().contiguous()
+        for name in sorted(state):
+            plain = state[name].detach().cpu().contiguous()
             digest.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
             digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-// Upper bounds of products at a quarter of their cost: panels rounded to 8 bits, whose products are exact in 32-bit
+// Upper bounds of products at a third of their cost: panels rounded to 8 bits, whose products are exact in 32-bit
 // integers, and the most that the rounding can have taken away. Where the instruction set has no such products,
 // kHasBounds is false.
 #pragma once
@@ -49,8 +49,7 @@ inline void round_panel(const float* from, int64_t n, RoundedPanel& to, double* 
 #pragma GCC unroll 4
             for (int i = 0; i < kQuad; ++i) {
                 if (k + i >= n) break;
-                const __m512i q =
-                    _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + (k + i) * kPanel + u), by));
+                const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + (k + i) * kPanel + u), by));
                 sum = _mm512_add_epi32(sum, q);
                 quad = _mm512_or_si512(quad, _mm512_slli_epi32(_mm512_and_si512(q, low), 8 * i));
             }

@@ -205,9 +205,11 @@ void gather_unit(const T* data, const T* soon, const Columns& columns, const Run
     for (int64_t r = 0; r < count; ++r) {
         const int64_t c = runs[r].first, n = runs[r].length;
         const int64_t* at = columns.off + (columns.ptr != nullptr ? columns.ptr[c] : c);
-        __builtin_prefetch(soon + at[0]);
-        __builtin_prefetch(soon + at[0] + n - 1);
         const int64_t members = columns.ptr != nullptr ? columns.ptr[c + 1] - columns.ptr[c] : 1;
+        if (members > 0) {
+            __builtin_prefetch(soon + at[0]);
+            __builtin_prefetch(soon + at[0] + n - 1);
+        }
         if (n >= 8) {
             for (int64_t k = 0; k + 8 <= n; k += 8) take<8, W>(data + k, at, members, to + k);
             if (n % 8 != 0) take<8, W>(data + n - 8, at, members, to + n - 8);
@@ -379,7 +381,8 @@ void measure(const W* block, int64_t n, double* sums, double* squares) {
 }
 
 // Samples in one pass: with Zeroed, non-finite entries count as 0 (docs/method.md rule 1); block = (block - shift) *
-// scale; then sums and squares as in measure, of 16 samples at a time in W. Lanes after the first `units` are left alone.
+// scale; then sums and squares as in measure, of 16 samples at a time in W. Lanes after the first `units` are left
+// alone.
 template <bool Zeroed = true, typename W>
 void settle_samples(W* block, int64_t n, const W* shift, const W* scale, double* sums, double* squares,
                     int units = kPanel) {

@@ -340,8 +340,8 @@ class Similarity {
     // row[0 .. n): unit i of the first models with the units from position `column` of the activations and `packed` of
     // the weights on. bound: these come from rounded panels.
     template <int64_t kMost>
-    void blend_run(const Layout& layout, int64_t i, int64_t packed, int64_t column, int64_t n,
-                   W* __restrict row, bool bound = false) const {
+    void blend_run(const Layout& layout, int64_t i, int64_t packed, int64_t column, int64_t n, W* __restrict row,
+                   bool bound = false) const {
         if (share_ > 0 && corrected_) {
             const W offset = mean_[i], by = inverse_[i];
             const W *offsets = mean_.get() + packed, *others = inverse_.get() + packed;

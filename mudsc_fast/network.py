@@ -10,7 +10,7 @@ tensors that are read on demand or lie on a GPU, spaces that share an axis with 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -225,15 +225,20 @@ class Merging:
 
     def take_all(self) -> dict[str, Tensor] | None:
         """All that can be merged, where nothing was taken yet; None where something is not finite."""
-        names = list(self._left)
-        outs = [torch.empty_like(self._tensors[name][0]) for name in names]
-        found = self._merge(names, outs)
-        if 1 in found:
-            return None
-        self._left.clear()
-        return {name: out for name, out, status in zip(names, outs, found, strict=True) if status == 0}
+        made: dict[str, Tensor] = {}
+        while self._left:
+            for name, out, status in self._next():
+                if status == 1:
+                    return None
+                if status == 0:
+                    made[name] = out
+        return made
 
     def _make_some(self) -> None:
+        self._made.update((name, (out, status == 0)) for name, out, status in self._next() if status < 2)
+
+    def _next(self) -> Iterator[tuple[str, Tensor, int]]:
+        """The next tensors, merged by one call; with each 0: merged, 1: not finite, 2: to be merged the plain way."""
         names: list[str] = []
         outs: list[Tensor] = []
         size = 0
@@ -243,18 +248,13 @@ class Merging:
             names.append(name)
             outs.append(out)
             size += out.nbytes
-        found = self._merge(names, outs)
-        self._made.update(
-            (name, (out, status == 0)) for name, out, status in zip(names, outs, found, strict=True) if status < 2
-        )
-
-    def _merge(self, names: Sequence[str], outs: Sequence[Tensor]) -> list[int]:
-        """For each tensor 0: merged, 1: not finite, 2: has to be merged the plain way."""
         which, pointers = [self._index[name] for name in names], [out.data_ptr() for out in outs]
-        return self._core.merge(self._shares, which, pointers, torch.get_num_threads())
+        found = self._core.merge(self._shares, which, pointers, torch.get_num_threads())
+        return zip(names, outs, found, strict=True)
 
 
-# Bytes of merged tensors that are made by one call, so that a merge holds little beside what it has handed out.
+# Bytes of merged tensors that are made by one call: a merge holds little beside what it has handed out, and Ctrl-C, of
+# which a call knows nothing, ends it soon.
 _AT_ONCE = 32 * 2**20
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from mudsc_fast.arguments import check_spec
 from mudsc_fast.axes import axis_labels
 from mudsc_fast.spec import shape_of
 
@@ -80,9 +81,13 @@ class Counts:
 def merged_parameters(state_dict: Mapping[str, Any], spec: PermutationSpec, widths: Mapping[str, int]) -> int:
     """The numbers in the state dict that a merge to these widths gives.
 
-    state_dict: of one model, or {tensor: shape}. spec: its spaces. widths: {space: merged units}, as `match` takes
-    them; spaces left out keep theirs. ValueError for a space that the spec has not, or that does not fit the tensors.
+    state_dict: of one model, or {tensor: shape}. spec: its spaces. widths: {space: merged units}, not shares; spaces
+    left out keep theirs. ValueError for a space that the spec has not, for widths that are no whole units of its
+    blocks, and for a spec that does not fit the tensors; TypeError for what is no spec or no mapping.
     """
+    check_spec(spec)
+    if not isinstance(widths, Mapping):
+        raise TypeError(f"widths: expected a mapping from spaces to units, got {widths!r}")
     full = {space.name: space.width for space in spec.spaces}
     for name, width in widths.items():
         if name not in full:

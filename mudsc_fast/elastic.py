@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +52,7 @@ def elastic_widths(
     method: "select" or "zip", what `match` will be asked for.
     spaces: those whose width may change; None: all that the spec lets change but tied ones (attention heads, whose size
         most modules know). `resizable_spaces` finds them by trying a module.
-    attenuation: of the zip, as for `match`.
+    attenuation: of the zip, as for `match`, but > 0.
 
     A space's loss at a width is the share of what its layers read (variance, by the norms of their weights) that cannot
     be told, linearly, from the units that a selection keeps, or from the means that a zip by activations makes; every
@@ -67,6 +69,11 @@ def elastic_widths(
     wanted(progress)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method == "zip" and attenuation <= 0:
+        raise ValueError(
+            "attenuation: expected a factor > 0: with others merged units are not merged again, which leaves narrow "
+            f"widths out, got {attenuation!r}"
+        )
     states = two_or_more(state_dicts)
     if not activations:
         raise ValueError("activations: widths are chosen by activations, but none were given")
@@ -232,11 +239,11 @@ class _Widths:
         self._unit = {name: spec[name].blocks for name in curves}
         self._near = {name: [n for n in curves if n in counts.near(name, spec)] for name in curves}
         self._widths, self._used = dict(own), counts.total(own)
-        self._limit = int(budget * self._used)
+        self._limit = int(min(budget * self._used, sys.maxsize))
         smallest = counts.total(self._uniform(0))
         if smallest > self._limit:
-            least = smallest / self._used
-            raise ValueError(f"budget: expected at least {least:.4g}, which the smallest widths take, got {budget:g}")
+            least = ceil(1e4 * smallest / self._used) / 1e4  # what is printed is enough
+            raise ValueError(f"budget: expected at least {least:g}, which the smallest widths take, got {budget:g}")
 
     def found(self) -> dict[str, int]:
         """The widths of all spaces."""

@@ -221,6 +221,15 @@ def test_one_call_merges_to_a_budget(method: str) -> None:
     assert bool(torch.isfinite(outputs(mf.installed(case.models[0], merged), case.batches)).all())
 
 
+def test_the_least_budget_that_an_error_names_is_enough_and_there_is_no_largest() -> None:
+    case = Case("mlp")
+    with pytest.raises(ValueError, match="at least") as caught:
+        case.widths(0.0)
+    least = float(str(caught.value).split("at least ")[1].split(",")[0])
+    assert case.widths(least) == {"fc1": 1, "fc2": 1}
+    assert case.widths(1e308) == case.widths(4.0)
+
+
 def test_errors_name_the_argument() -> None:
     case = Case("vit")
     for message, error, arguments in (
@@ -228,6 +237,7 @@ def test_errors_name_the_argument() -> None:
         ("budget: expected a number", ValueError, {"budget": -1}),
         ("budget: expected a number", TypeError, {"budget": "1"}),
         ("method: expected one of select, zip", ValueError, {"method": "align"}),
+        ("attenuation: expected a factor > 0", ValueError, {"method": "zip", "attenuation": 0.0}),
         ("spaces: the spec has no space 'nowhere'", ValueError, {"spaces": ["nowhere"]}),
         ("spaces: expected a collection of names", TypeError, {"spaces": "residual"}),
         ("activations: widths are chosen by activations", ValueError, {"activations": None}),
@@ -248,6 +258,10 @@ def test_errors_name_the_argument() -> None:
         mf.merged_parameters(case.states[0], case.spec, {"nowhere": 4})
     with pytest.raises(ValueError, match="widths: expected units in 4 blocks"):
         mf.merged_parameters(case.states[0], case.spec, {"blocks.0.v": 6})
+    with pytest.raises(TypeError, match="widths: expected a mapping"):
+        mf.merged_parameters(case.states[0], case.spec, 6)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="spec: expected a PermutationSpec"):
+        mf.merged_parameters(case.states[0], {}, {})  # type: ignore[arg-type]
     for options in ({"method": "align"}, {"width": 0.5}, {"batches": None}):
         with pytest.raises(ValueError, match="width_budget: expected batches"):
             mf.merge_models(**{"models": case.models, "batches": case.batches, "width_budget": 1.0, **options})

@@ -15,7 +15,7 @@ from mudsc_fast.arguments import check_count, check_share, check_spec
 from mudsc_fast.assignment import assign
 from mudsc_fast.batches import check_batches, evaluation, home, moved
 from mudsc_fast.calibration import calibrate
-from mudsc_fast.installing import install, installed
+from mudsc_fast.installing import install
 from mudsc_fast.layout import factors_at
 from mudsc_fast.moments import joint_covariance
 from mudsc_fast.orthogonal import Map, crossed_weights, nearest, rotate_
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PARTS = ("stream", "heads")
 _CHANGE = 1e-3  # relative; what a map that is no symmetry changes is of the size of the outputs
+_STAY = 1e-8  # share of the whole that speaks for no rotation: decides where nothing else does, as in few samples' rest
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def align_rotations(
     check_spec(spec)
     check_share("balance", balance)
     check_count("max_sweeps", max_sweeps, 1)
-    if isinstance(parts, str) or not parts or set(parts) - set(PARTS):
+    chosen = tuple(parts) if isinstance(parts, Iterable) and not isinstance(parts, str) else ()
+    if not chosen or any(part not in PARTS for part in chosen):
         raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {parts!r}")
     batches = list(check_batches(batches))
     if not batches:
@@ -93,11 +95,10 @@ def align_rotations(
     _check(works, states, spec)
     with evaluation(works):
         first = _inputs(batches[0], home(works[0]))
-        maps = _streams(works, states, spec, first) if "stream" in parts else []
-        for work, state in zip(works, states, strict=True):
-            install(work, state)
-        if "heads" in parts:
-            maps += _heads(works[0], spec, first)
+        _check_outputs(works, first)
+        maps = _streams(works, states, spec, first) if "stream" in chosen else []
+        if "heads" in chosen:
+            maps += _heads(works, spec, first)
         if not maps:
             raise ValueError("spec: it has no heads whose values, or queries and keys, may be rotated")
     seen: Mapping[str, Covariance] = {}
@@ -159,7 +160,7 @@ class _Descent:
         gained = max([self._pair(tie) for tie in self.spec.ties], default=0.0)
         for part in self.maps:
             both = self._both(part)
-            rotation = nearest(both, part.kind)
+            rotation = nearest(both + _STAY * both.norm() * torch.eye(part.each, dtype=both.dtype), part.kind)
             gained = max(gained, float((rotation * both).sum() - both.diagonal(dim1=1, dim2=2).sum()))
             rotate_(self.second, part, rotation)
             if part.name in self.crossed:
@@ -225,53 +226,69 @@ def _inputs(batch: Any, device: torch.device) -> Any:
     return moved(batch[0] if isinstance(batch, list | tuple) and batch else batch, device)
 
 
-def _changed(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> float:
-    """The largest relative change of the outputs when the model holds this state."""
-    before, after = (law.outputs(model, dict(s), inputs, None) for s in (model.state_dict(), state))
+def _check_outputs(works: Sequence[nn.Module], inputs: Any) -> None:
+    for m, work in enumerate(works):
+        if not all(bool(y.isfinite().all()) for y in law.outputs(work, work.state_dict(), inputs, None)):
+            raise ValueError(f"batches: outputs of model {m} on the first batch are NaN or infinite")
+
+
+def _changed(model: nn.Module, state: Mapping[str, Tensor], other: Mapping[str, Tensor], inputs: Any) -> float:
+    """The largest relative change of the model's outputs from one state to another."""
+    before, after = (law.outputs(model, dict(s), inputs, None) for s in (state, other))
     return law.change(before, after)
 
 
-def _tried(model: nn.Module, parts: Sequence[Map], inputs: Any) -> bool:
-    """Do random rotations leave the outputs as they are?"""
-    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    for part in parts:
-        drawn = torch.randn(part.blocks, part.each, part.each, generator=generator, dtype=torch.float64)
-        rotate_(state, part, nearest(drawn, part.kind))
-    return _changed(model, state, inputs) <= _CHANGE
+def _tried(works: Sequence[nn.Module], parts: Sequence[Map], inputs: Any, vectors: Sequence[str] = ()) -> bool:
+    """Do random rotations leave all models' outputs as they are? vectors: tensors that get random values before."""
+    for work in works:
+        generator = torch.Generator().manual_seed(0)
+        state = {name: x.detach().clone() for name, x in work.state_dict().items()}
+        for name in vectors:
+            state[name].copy_(torch.randn(state[name].shape, generator=generator))
+        rotated = {name: x.clone() for name, x in state.items()}
+        for part in parts:
+            drawn = torch.randn(part.blocks, part.each, part.each, generator=generator, dtype=torch.float64)
+            rotate_(rotated, part, nearest(drawn, part.kind))
+        if not _changed(work, state, rotated, inputs) <= _CHANGE:
+            return False
+    return True
 
 
 def _streams(
     works: Sequence[nn.Module], states: Sequence[dict[str, Tensor]], spec: PermutationSpec, inputs: Any
 ) -> list[Map]:
-    """The maps of all streams, whose norms are folded in `states`."""
+    """The maps of all streams, whose norms are folded in `states` and in the models."""
     streams, reasons = find_streams(works[0], spec, inputs)
     if not streams:
         found = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "no norm reads one of its spaces"
         raise ValueError(f"spec: no residual stream that is read through norms alone can be rotated ({found})")
+    # A layer scale that is nearly 0 in these models is one all the same: vectors are tried with other values.
+    vectors = [name for stream in streams for name in stream.vectors(states[0])]
+    hint = f"; what if {', '.join(vectors[:3])} are layer scales? Multiply the layers before by them" if vectors else ""
     for work, state in zip(works, states, strict=True):
         for stream in streams:
             stream.fold_(state)
-        change = _changed(work, state, inputs)
+        change = _changed(work, work.state_dict(), state, inputs)
         if not change <= _CHANGE:
-            raise ValueError(f"spec: the norms of the stream cannot be folded: outputs change by {change:.1g}")
+            raise ValueError(f"spec: the norms of the stream cannot be folded: outputs change by {change:.1g}{hint}")
+        install(work, state)
     maps = [stream.as_map() for stream in streams]
-    if not _tried(installed(works[0], states[0]), maps, inputs):
+    if not _tried(works, maps, inputs, vectors):
         names = ", ".join(part.name for part in maps)
-        raise ValueError(f"spec: rotating {names} changes the outputs; the stream is used elsewhere too")
+        raise ValueError(f"spec: rotating {names} changes the outputs; the stream is used elsewhere too{hint}")
     return maps
 
 
-def _heads(work: nn.Module, spec: PermutationSpec, inputs: Any) -> list[Map]:
+def _heads(works: Sequence[nn.Module], spec: PermutationSpec, inputs: Any) -> list[Map]:
     """The maps inside heads that keep the function, each of the freest kind that does."""
-    with_module = dict(work.named_modules())
+    with_module = dict(works[0].named_modules())
     left = [part for part in _inside_heads(spec) if all(tap.module in with_module for tap in part.taps)]
     found: dict[str, Map] = {}
     for kind in ("any", "halves", "neighbours"):
         asked = [replace(part, kind=kind) for part in left if kind == "any" or part.each % 2 == 0]
         # All at once where that is right; what stands in one map's way is no reason against the others.
-        together = bool(asked) and _tried(work, asked, inputs)
-        found |= {part.name: part for part in asked if together or _tried(work, [part], inputs)}
+        together = bool(asked) and _tried(works, asked, inputs)
+        found |= {part.name: part for part in asked if together or _tried(works, [part], inputs)}
         left = [part for part in left if part.name not in found]
     return list(found.values())
 

@@ -44,6 +44,11 @@ class Stream:
         norms = {f"{norm.module}.{end}" for norm in self.norms for end in ("weight", "bias")}
         return [axis for axis in self.space.axes if axis.role == "out" and axis.tensor not in norms]
 
+    def vectors(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Writers that are one number a unit and no layer's bias: added, as a class token, or a layer scale."""
+        names = [axis.tensor for axis in self.writers if state[axis.tensor].dim() == 1]
+        return [name for name in names if not name.endswith(".bias")]
+
     def as_map(self) -> Map:
         """What is rotated, of folded models, seen where it is normalised."""
         axes = (*self.writers, *(axis for norm in self.norms for axis in norm.readers))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -278,3 +280,64 @@ def test_a_file_is_gone_after_an_error_and_a_bad_folder_is_refused(tmp_path: Pat
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="spill: expected an existing folder"):
         mf.refit(_merged(models, plan), models, batches, plan, spill=tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, "spill: .*No space left.*more room"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_full_disk_and_an_interrupt_leave_nothing(
+    error: BaseException, wanted: type[BaseException], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, spec, batches = _pair("mlp")
+    plan = _zip(models, spec, batches)
+    states = [copy.deepcopy(m.state_dict()) for m in models]
+    write, left, threads = os.pwritev, [20], threading.active_count()
+
+    def failing(*given: Any) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return write(*given)
+
+    monkeypatch.setattr("mudsc_fast.repairs.resting.os.pwritev", failing)
+    monkeypatch.setattr("mudsc_fast.repairs.lockstep.Rest", lambda folder: Rest(folder, least=1))
+    with pytest.raises(wanted, match=words):
+        mf.refit(_merged(models, plan), models, batches, plan, spill=tmp_path)
+    assert os.listdir(tmp_path) == []
+    assert threading.active_count() == threads
+    for model, state in zip(models, states, strict=True):
+        assert all(torch.equal(x, state[n]) for n, x in model.state_dict().items())
+
+
+class _Labelled(NamedTuple):
+    x: Tensor
+    label: int
+
+
+def test_what_a_caller_may_get_wrong() -> None:
+    models, spec, batches = _pair("mlp")
+    plan = _zip(models, spec, batches)
+    before = copy.deepcopy(models[0].state_dict())
+    net = _merged(models, plan)
+    for do in (mf.refit, mf.repair):
+        with pytest.raises(TypeError, match="put it in a list"):
+            do(net, models, batches[0], plan)
+        for given in (models[:1], [*models, models[0]], []):
+            with pytest.raises(ValueError, match=f"expected the 2 models of the plan, got {len(given)}"):
+                do(net, given, batches, plan)
+        with pytest.raises(ValueError, match=r"merged: its fc1.weight is model 0's own tensor"):
+            do(models[0], models, batches, plan)
+        with pytest.raises(TypeError, match="expected torch modules, got int"):
+            do(net, [models[0], 3], batches, plan)  # type: ignore[list-item]
+    assert all(torch.equal(x, before[n]) for n, x in models[0].state_dict().items())
+    with pytest.raises(ValueError, match=r"ridge: 0 is too small .*more batches"):
+        mf.refit(net, models, [batches[0][:20]], plan, ridge=0)
+    # Batches and models that are read once, and batches with names.
+    one, other = _merged(models, plan), _merged(models, plan)
+    mf.refit(one, models, batches, plan)
+    mf.refit(other, iter(models), (_Labelled(x, 0) for x in batches), plan)  # type: ignore[arg-type]
+    assert _difference(one, other) == 0

@@ -164,7 +164,7 @@ def _planted(model: nn.Module, spec: mf.PermutationSpec, batch: Any, seed: int) 
     network_ = copy.deepcopy(model)
     state = {n: x.detach().clone() for n, x in model.state_dict().items()}
     maps = rotations._streams([network_], [state], spec, batch)
-    maps += rotations._heads(mf.installed(network_, state), spec, batch)
+    maps += rotations._heads([network_], spec, batch)
     for k, part in enumerate(maps):
         orthogonal.rotate_(state, part, _random(part.kind, part.blocks, part.each, 100 * seed + k))
     if isinstance(model, networks.ViT):
@@ -256,6 +256,60 @@ def test_what_cannot_be_rotated_is_refused() -> None:
         mf.align_rotations(resnets, _images(), mf.spec_for(resnets[0]), parts=("heads",))
 
 
+class _Scaled(nn.Module):
+    """A block whose branches are multiplied by a layer scale before they are added to the stream."""
+
+    def __init__(self, block: Any, scale: float) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.ls1, self.ls2 = _Scale(scale), _Scale(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + torch.as_tensor(self.ls2(self.mlp(self.norm2(x))))
+
+
+class _Scale(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(scale * (1 + torch.rand(16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_layer_scales_are_refused_however_small(scale: float) -> None:
+    models = [_vit(seed) for seed in range(2)]
+    for model in models:
+        blocks: Any = model.blocks
+        for i, block in enumerate(blocks):
+            blocks[i] = _Scaled(block, scale).eval()
+    spec = mf.spec_for(models[0])
+    with pytest.raises(ValueError, match=r"blocks.0.ls1.gamma.* are layer scales\?"):
+        mf.align_rotations(models, _images(), spec)
+    found = mf.align_rotations(models, _images(), spec, parts=iter(["heads"]))  # type: ignore[arg-type]
+    assert _moved(models[1], found.state_dicts[1], _images()[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_a_model_and_itself_are_not_rotated(balance: float) -> None:
+    """On one image: its five tokens say nothing of most directions."""
+    model = _vit(0)
+    found = mf.align_rotations([model, copy.deepcopy(model)], [_images()[0][:1]], _spec("vit"), balance=balance)
+    assert all(torch.allclose(x, found.state_dicts[1][n], rtol=0, atol=1e-6) for n, x in found.state_dicts[0].items())
+
+
+def test_a_map_has_to_be_right_for_every_model() -> None:
+    """Model 0 pays no attention, so that its queries and keys may be turned in any way."""
+    models = [network("Llama", seed) for seed in range(2)]
+    for name, x in models[0].state_dict().items():
+        if "q_proj" in name:
+            x.zero_()
+    found = mf.align_rotations(models, _tokens(), spec_of(models[0]))
+    assert _moved(models[1], found.state_dicts[1], _tokens()[0]) <= 1e-5
+
+
 class _Unshifted(nn.Module):
     """A layer norm whose shift is read by layers without a bias, or whose stream is also seen elsewhere."""
 
@@ -296,6 +350,8 @@ def test_streams_that_are_more_than_a_stream() -> None:
         ({"parts": ("streams",)}, ValueError, "stream, heads"),
         ({"parts": "stream"}, ValueError, "stream, heads"),
         ({"parts": ()}, ValueError, "stream, heads"),
+        ({"parts": 3}, ValueError, "stream, heads"),
+        ({"batches": [torch.full((2, 6), torch.nan)]}, ValueError, "outputs of model 0 on the first batch are NaN"),
         ({"max_sweeps": 0}, ValueError, "max_sweeps"),
         ({"models": [nn.Linear(2, 2), nn.Linear(2, 2)]}, ValueError, "unknown tensor"),
     ],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mudsc_fast.batches import evaluation, home
+from mudsc_fast.batches import check_batches, evaluation, home
 from mudsc_fast.progress import Progress, bar
 from mudsc_fast.repairs.resting import Rest
 from mudsc_fast.repairs.units import Rows, rows_of
@@ -105,10 +105,10 @@ def walk_layers(
     spill: a folder for a file of the activations that no pass needs just now; None: they stay in memory.
     Returns the number of layers worked on.
     """
-    batches = list(batches)
+    batches, networks = list(check_batches(batches)), [merged, *models]
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
-    networks = [merged, *models]
+    _check_apart(networks)
     done = 0
     with evaluation(networks):
         once, token, attention = _survey(models[0], batches[0])
@@ -137,6 +137,29 @@ def walk_layers(
                     work(layer)
                     done += 1
                 steps.advance()
+
+
+def check_members(models: Sequence[nn.Module], plan: MergePlan) -> None:
+    """ValueError unless the models are as many as the plan merges; a plan of no spaces merges any number."""
+    if plan.labels and len(models) != plan.models:
+        raise ValueError(f"models: expected the {plan.models} models of the plan, got {len(models)}")
+
+
+def _check_apart(networks: Sequence[nn.Module]) -> None:
+    """Refuse what would change a parent: a merged net that is one, or holds a tensor of one."""
+    for net in networks:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"merged, models: expected torch modules, got {type(net).__name__}")
+    if len(networks) < 2:
+        raise ValueError("models: expected at least one, got none")
+    own = {id(p) for p in networks[0].parameters()}
+    for m, model in enumerate(networks[1:]):
+        shared = next((name for name, p in model.named_parameters() if id(p) in own), None)
+        if shared is not None:
+            raise ValueError(
+                f"merged: its {shared} is model {m}'s own tensor, which would change too; give a net of its own, as "
+                "mf.installed makes one"
+            )
 
 
 @contextmanager
@@ -187,7 +210,7 @@ def _first_sample(batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return batch[:1]
     if isinstance(batch, list | tuple):
-        return type(batch)([_first_sample(batch[0])])
+        return [_first_sample(x) for x in batch[:1]]
     return batch
 
 

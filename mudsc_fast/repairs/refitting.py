@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mudsc_fast.arguments import check_share
 from mudsc_fast.progress import Progress
 from mudsc_fast.repairs.affine import can_shift, change, change_rows
-from mudsc_fast.repairs.lockstep import Layer, walk_layers
+from mudsc_fast.repairs.lockstep import Layer, check_members, walk_layers
 from mudsc_fast.repairs.regression import PRODUCTS, Inputs, Products
 from mudsc_fast.repairs.rescaling import rescale, spread
 from mudsc_fast.repairs.samples import as_weight, samples
@@ -63,14 +63,19 @@ def refit(
     themselves.
 
     Returns the number of layers solved. Raises ValueError for no batches, activations that are not finite, models that
-    run different layers, heads that do not fit the model's output. Source: docs/quality.md.
+    are not the plan's or run different layers, a merged net that shares tensors with one of them, heads that do not fit
+    the model's output, a ridge too small for so few inputs; OSError if the file cannot grow. After an error in the
+    middle the layers before it are solved. Source: docs/quality.md.
     """
     check_share("ridge", ridge, top=None)
     if isinstance(token_weight, bool) or not isinstance(token_weight, int) or token_weight < 1:
         raise ValueError(f"token_weight: expected an integer >= 1, got {token_weight!r}")
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
-    solver = _Solver(ridge, token_weight, last_target(output, heads, len(list(models))))
+    models = list(models)
+    if part != "last":
+        check_members(models, plan)
+    solver = _Solver(ridge, token_weight, last_target(output, heads, len(models)))
     solved = 0
 
     def work(layer: Layer) -> None:

@@ -69,7 +69,12 @@ class Inputs:
         if level > 0:
             diagonal += ridge * level + 1e-12 * max(level, 1e-30)
             failed = torch.empty(0, dtype=torch.int32, device=gram.device)
-            torch.linalg.cholesky_ex(gram, check_errors=True, out=(gram, failed))
+            torch.linalg.cholesky_ex(gram, out=(gram, failed))
+            if int(failed):
+                raise ValueError(
+                    f"ridge: {ridge:g} is too small for a layer of {self.width} inputs on so few samples; "
+                    "give a larger one, such as 0.01, or more batches"
+                )
             self._factor = gram
 
     def _between_samples(self) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mudsc_fast.progress import Progress
 from mudsc_fast.repairs.affine import can_shift, change
-from mudsc_fast.repairs.lockstep import Layer, walk_layers
+from mudsc_fast.repairs.lockstep import Layer, check_members, walk_layers
 
 if TYPE_CHECKING:
     from mudsc_fast.plan import MergePlan
@@ -38,7 +38,7 @@ def repair(
     batch norms are made true on the way: they need no reset.
 
     Returns the number of layers worked on. Raises ValueError for no batches, for activations that are not finite, and
-    if the models run different layers.
+    if the models are not the plan's, run different layers, or share tensors with the merged net.
     Source: Jordan et al., REPAIR, arXiv 2211.08403; docs/method.md.
     """
 
@@ -46,6 +46,8 @@ def repair(
         if not layer.last:
             rescale(layer)
 
+    models = list(models)
+    check_members(models, plan)
     return walk_layers(merged, models, batches, plan, work, "rescaling", progress)
 
 

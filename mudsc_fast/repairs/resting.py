@@ -8,6 +8,7 @@ what it is. Whatever torch function reads one next brings it back first.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import tempfile
 import weakref
@@ -41,14 +42,14 @@ class Rest:
     """The file, and what lies in it.
 
     folder: where to make the file; it needs room for one layer's activations of all batches. least: bytes from which a
-    tensor is put there. Raises ValueError for no folder.
+    tensor is put there. Raises ValueError for no folder, and OSError, from whatever is under way, where it is full.
     """
 
     def __init__(self, folder: str | Path, least: int = LEAST) -> None:
         if not Path(folder).is_dir():
             raise ValueError(f"spill: expected an existing folder, got {str(folder)!r}")
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._least, self._end = least, 0
+        self._least, self._end, self._folder = least, 0, folder
         self._free: dict[int, list[int]] = {}  # {size: offsets}
         self._owned: dict[int, dict[int, list[weakref.ref[Tensor]]]] = {}  # {pass: {storage: tensors that show it}}
         self._resting: dict[int, _Place] = {}
@@ -155,12 +156,20 @@ class Rest:
         view = memoryview((ctypes.c_char * place.size).from_address(near.data_ptr())).cast("B")
         done = 0
         while done < place.size:
-            step = move(self._file.fileno(), [view[done:]], place.offset + done)
+            try:
+                step = move(self._file.fileno(), [view[done:]], place.offset + done)
+            except OSError as error:
+                raise self._failed(error.errno, error.strerror) from error
             if step <= 0:
-                raise OSError("spill: the file of activations ended early; is its folder full?")
+                raise self._failed(errno.EIO, "it ended early")
             done += step
         if near is not flat and move is os.preadv:
             flat.copy_(near)
+
+    def _failed(self, number: int | None, reason: str | None) -> OSError:
+        return OSError(
+            number, f"spill: the file of activations in {self._folder} failed ({reason}); give a folder with more room"
+        )
 
 
 def tensors_in(value: Any) -> list[Tensor]:

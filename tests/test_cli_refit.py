@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mudsc_fast as mf
+from mudsc_fast.checkpoints import TensorInfo
 from mudsc_fast.cli import main
+from mudsc_fast.cli.refitting import Refit
 
 transformers = pytest.importorskip("transformers")
 import language_models  # noqa: E402 (needs transformers)
@@ -104,6 +106,11 @@ def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--refit", "--text", "lines.txt", "--spill", "none"], "--spill: the folder none does not exist"),
         (["--refit", "--text", "lines.txt", "--max-memory", "1MB"], "at least"),
         (["--refit", "--text", "lines.txt"], "without config.json"),
+        (["--refit", "--text", "lines.txt", "--dry-run"], "without config.json"),
+        (["--refit", "--inputs", "lines.txt", "--model", "nothere:build"], "cannot import 'nothere'"),
+        (["--refit", "--text", "lines.txt", "--model", "os:getcwd"], "needs a Hugging Face folder"),
+        (["--refit", "--inputs", "lines.txt", "--max-length", "3"], "--max-length is for --text"),
+        (["--refit", "--inputs", "lines.txt", "--plan", "wide.safetensors"], "--plan: its merged widths are others"),
     ],
 )
 def test_bad_refits(
@@ -114,9 +121,77 @@ def test_bad_refits(
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         save_file(networks.MLP(inputs=12, widths=(20, 16), num_outputs=5).state_dict(), f"{name}.safetensors")
+    if "--plan" in options:
+        pair = ["merge", "a.safetensors", "b.safetensors", "-o", "wide", "--method", "zip", "--width", "1.5"]
+        assert main([*pair, "--save-plan", "wide.safetensors", "-q"]) == 0
+    elif "average" not in options:
+        options = [*options, "--save-plan", "plan.safetensors"]
     assert main(["merge", "a.safetensors", "b.safetensors", "-o", "m.safetensors", *options]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "m.safetensors").exists()
+    assert not (tmp_path / "plan.safetensors").exists()  # refused before anything was matched
+
+
+def test_what_is_recorded_of_a_refit(tmp_path: Path) -> None:
+    given = dict.fromkeys(Refit.__dataclass_fields__) | {
+        "refit": True,
+        "ridge": 0.0,
+        "images": tmp_path,
+        "spill": tmp_path,
+    }
+    refit = Refit.taken(given)
+    assert refit.described() == {"ridge": 0.0, "images": tmp_path.name}  # whoever reads it needs no folders of ours
+    (tmp_path / "b").mkdir()
+    for name in ("b/y.png", "x.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert refit.files == [tmp_path / "b/y.png", tmp_path / "x.png"]
+
+
+def test_only_layers_have_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither embeddings of positions nor experts in one tensor are layers' weights."""
+    shapes = {"pos_embed": (1, 197, 768), "mlp.experts.gate_up_proj": (8, 512, 512), "fc.weight": (10, 100)}
+    layout = {name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}
+    refit = Refit.taken(dict.fromkeys(Refit.__dataclass_fields__) | {"refit": True})
+    with pytest.raises(ValueError, match=r"max_memory: .*for the matrices of fc.weight"):
+        refit.check_memory(layout, 2, 1)
+
+
+def test_a_run_goes_on_only_with_the_same_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resumefactory.py").write_text(
+        "import networks\ndef build():\n    return networks.MLP(inputs=12, widths=(20, 16), num_outputs=5)\n"
+    )
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        save_file(networks.MLP(inputs=12, widths=(20, 16), num_outputs=5).state_dict(), f"{name}.safetensors")
+    np.save("x.npy", np.random.default_rng(0).normal(size=(100, 12)))
+    call = [
+        "merge",
+        "a.safetensors",
+        "b.safetensors",
+        "-o",
+        "m.safetensors",
+        "--refit",
+        "--inputs",
+        "x.npy",
+        "--resume",
+    ]
+    call += ["--model", "resumefactory:build"]
+    with monkeypatch.context() as patch:
+        patch.setattr("mudsc_fast.repairs.refit", _stopped)
+        assert main(call) != 0
+    assert not (tmp_path / "m.safetensors").exists()
+    np.save("x.npy", np.random.default_rng(1).normal(size=(120, 12)))
+    capsys.readouterr()
+    assert main(call) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def _stopped(*given: Any, **options: Any) -> int:
+    raise ValueError("stopped")
 
 
 def test_a_limit_and_a_record_go_with_it(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -402,6 +402,7 @@ def _prepare(request: Request, device: torch.device, world: World | None) -> Job
             spec, layout, len(states), request.method, limit, balance, output=output, matching=given is None
         )
     if request.refit is not None:
+        request.refit.check_network(opened[0], given)
         request.refit.check_memory(layout, len(states), limit)
     files = [file for state in states for file in state.files]
     options_given = {
@@ -411,9 +412,8 @@ def _prepare(request: Request, device: torch.device, world: World | None) -> Job
     }
     if request.refit is not None:
         options_given["refit"] = request.refit.described()
-    inputs = work.files_of(
-        [*files, request.stats, request.plan_from, None if request.refit is None else request.refit.text]
-    )
+    read = [] if request.refit is None else request.refit.files
+    inputs = work.files_of([*files, request.stats, request.plan_from, *read])
     about = {"inputs": inputs, "processes": 1 if world is None else world.size, **options_given}
     kept = work.Resumption(request.resume and not request.dry_run, request.output, about, world)
     return Job(request, device, states, spec, given, limit, plan, kept, world, opened)

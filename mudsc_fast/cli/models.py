@@ -27,12 +27,19 @@ def build_model(checkpoint: Checkpoint, model_path: str | None) -> nn.Module:
             reason = "\n".join(str(error).splitlines()[:6])
             raise ValueError(f"--model {model_path}: {checkpoint.path} does not fit it: {reason}") from error
         return model
-    if not huggingface.has_config(checkpoint):
+    check_buildable(checkpoint, None)
+    return huggingface.load_model(checkpoint)
+
+
+def check_buildable(checkpoint: Checkpoint, model_path: str | None) -> None:
+    """ValueError for a function that is not there, and for a checkpoint that needs one; builds nothing."""
+    if model_path is not None:
+        find_function(model_path, "--model", "MODULE:FACTORY")
+    elif not huggingface.has_config(checkpoint):
         raise ValueError(
             f"{checkpoint.path}: a checkpoint without config.json does not say how to build its network: give a "
             "function that does with --model MODULE:FACTORY"
         )
-    return huggingface.load_model(checkpoint)
 
 
 def call_factory(model_path: str) -> nn.Module:

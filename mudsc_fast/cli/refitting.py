@@ -69,12 +69,19 @@ class Refit:
         """The file or folder of inputs."""
         return self.text or self.inputs or self.images
 
+    @property
+    def files(self) -> list[Path]:
+        """All files of inputs."""
+        if self.source is None or not self.source.is_dir():
+            return [] if self.source is None else [self.source]
+        return sorted(path for path in self.source.rglob("*") if path.is_file())
+
     def described(self) -> dict[str, Any]:
-        """What decides about the result, as plain values."""
+        """What decides about the result, as plain values, files by their names alone."""
         return {
-            name: str(value) if isinstance(value, Path) else value
+            name: value.name if isinstance(value, Path) else value
             for name, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-            if value not in (None, False) and name != "spill"
+            if value is not None and name not in ("refit", "spill")
         }
 
     def check_usage(self, method: str, weights: Any, width: Any) -> None:
@@ -93,10 +100,43 @@ class Refit:
         for name, value in (("--weights", weights), ("--width", width)):
             if value is not None:
                 raise click.UsageError(f"{name}: --refit solves for the mean of the checkpoints in their own width")
+        if self.max_length is not None and self.text is None:
+            raise click.UsageError("--max-length is for --text, which is not given")
         if self.source is not None and not self.source.exists():
             raise FileNotFoundError(f"{_SOURCES[sources[0]]}: no such file or folder: {self.source}")
         if self.spill is not None and not self.spill.is_dir():
             raise FileNotFoundError(f"--spill: the folder {self.spill} does not exist")
+
+    def check_network(self, checkpoint: Checkpoint, given: MergePlan | None) -> None:
+        """Refuse, before hours of matching, networks that cannot be built or read the inputs, and plans of any width.
+
+        given: the plan of --plan.
+        """
+        from mudsc_fast.cli.models import check_buildable
+
+        if given is not None and any(given.widths[space.name] != space.width for space in given.spec.spaces):
+            raise click.UsageError("--plan: its merged widths are others; --refit needs the checkpoints' own widths")
+        check_buildable(checkpoint, self.model_path)
+        if self.inputs is None:
+            self.batches(checkpoint, None)
+
+    def batches(self, checkpoint: Checkpoint, model: nn.Module | None) -> Any:
+        """The inputs in batches, for a network of this checkpoint; those of --inputs ask it for its arguments."""
+        import torch
+
+        from mudsc_fast.cli.inputs import Batches
+        from mudsc_fast.cli.texts import ImageBatches, TextBatches
+
+        size = self.batch_size or 16
+        if self.text is not None:
+            return TextBatches(self.text, size, checkpoint, self.max_length or 128)
+        if self.images is not None:
+            parameters = () if model is None else model.parameters()
+            dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+            return ImageBatches(self.images, size, checkpoint, dtype)
+        if model is None or self.inputs is None:
+            raise ValueError("--inputs: a network has to say what its arguments are")
+        return Batches(self.inputs, size, model)
 
     def check_memory(self, layout: Mapping[str, Any], models: int, limit: int | None) -> None:
         """Say what is needed at least; ValueError if that is more than --max-memory."""
@@ -104,10 +144,11 @@ class Refit:
         from mudsc_fast.workplan import MARGIN, in_words, resident_bytes
 
         size = sum(info.nbytes for info in layout.values())
-        layers = {name: matrix_bytes(info.shape) for name, info in layout.items() if len(info.shape) >= 2}
+        layers = {name: matrix_bytes(info.shape) for name, info in layout.items() if _is_layer(name, info)}
         widest = max(layers, key=lambda name: layers[name], default="")
         matrices = layers.get(widest, 0)
-        needed = resident_bytes() + MARGIN + (models + 1) * size + matrices
+        # The merge's tensors are made beside the networks, and are gone before the first matrix is.
+        needed = resident_bytes() + MARGIN + (models + 1) * size + max(size, matrices)
         where = "one batch's activations" if self.spill is not None else "the activations of all batches at one layer"
         text = (
             f"refit: {models + 1} networks of {in_words(size)} in memory and up to {in_words(matrices)} for the "
@@ -116,6 +157,11 @@ class Refit:
         if limit is not None and needed > limit:
             raise ValueError(f"max_memory: expected at least {needed} bytes, got {limit} ({text})")
         options.settings().say(text)
+
+
+def _is_layer(name: str, info: Any) -> bool:
+    """Not embeddings of positions or experts in one tensor, which no layer multiplies with as a whole."""
+    return name.endswith("weight") and len(info.shape) >= 2
 
 
 class Refitted:
@@ -147,7 +193,7 @@ class Refitted:
         state = self._plan.merge(self._states)
         install(merged, {name: state[disk].to(self._device) for name, disk in names.items()})
         del state
-        batches = list(self._batches(models[0]))
+        batches = list(request.batches(self._opened[0], models[0]))
         layers = refit(
             merged,
             models,
@@ -176,18 +222,3 @@ class Refitted:
             )
         spec = in_network(plan.spec, model, first) if set(own) != set(first) else plan.spec
         return names, MergePlan(spec, plan.labels, plan.method, plan.values, leaders=plan.leaders)
-
-    def _batches(self, model: nn.Module) -> Any:
-        import torch
-
-        from mudsc_fast.cli.inputs import Batches
-        from mudsc_fast.cli.texts import ImageBatches, TextBatches
-
-        request, first = self._request, self._opened[0]
-        size = request.batch_size or 16
-        if request.text is not None:
-            return TextBatches(request.text, size, first, request.max_length or 128)
-        if request.images is not None:
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-            return ImageBatches(request.images, size, first, dtype)
-        return Batches(request.inputs or Path(), size, model)

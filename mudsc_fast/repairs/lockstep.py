@@ -108,7 +108,6 @@ def walk_layers(
     batches, networks = list(check_batches(batches)), [merged, *models]
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
-    _check_apart(networks)
     done = 0
     with evaluation(networks):
         once, token, attention = _survey(models[0], batches[0])
@@ -139,21 +138,20 @@ def walk_layers(
                 steps.advance()
 
 
-def check_members(models: Sequence[nn.Module], plan: MergePlan) -> None:
-    """ValueError unless the models are as many as the plan merges; a plan of no spaces merges any number."""
-    if plan.labels and len(models) != plan.models:
-        raise ValueError(f"models: expected the {plan.models} models of the plan, got {len(models)}")
+def check_networks(merged: nn.Module, models: Sequence[nn.Module], plan: MergePlan | None) -> None:
+    """ValueError for other models than the plan's (None: any number), and for a merged net holding a parent's tensor.
 
-
-def _check_apart(networks: Sequence[nn.Module]) -> None:
-    """Refuse what would change a parent: a merged net that is one, or holds a tensor of one."""
-    for net in networks:
+    Such a tensor would change in the parent too. A plan of no spaces merges any number.
+    """
+    for net in (merged, *models):
         if not isinstance(net, nn.Module):
             raise TypeError(f"merged, models: expected torch modules, got {type(net).__name__}")
-    if len(networks) < 2:
+    if plan is not None and plan.labels and len(models) != plan.models:
+        raise ValueError(f"models: expected the {plan.models} models of the plan, got {len(models)}")
+    if not models:
         raise ValueError("models: expected at least one, got none")
-    own = {id(p) for p in networks[0].parameters()}
-    for m, model in enumerate(networks[1:]):
+    own = {id(p) for p in merged.parameters()}
+    for m, model in enumerate(models):
         shared = next((name for name, p in model.named_parameters() if id(p) in own), None)
         if shared is not None:
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mudsc_fast.arguments import check_share
 from mudsc_fast.progress import Progress
 from mudsc_fast.repairs.affine import can_shift, change, change_rows
-from mudsc_fast.repairs.lockstep import Layer, check_members, walk_layers
+from mudsc_fast.repairs.lockstep import Layer, check_networks, walk_layers
 from mudsc_fast.repairs.regression import PRODUCTS, Inputs, Products
 from mudsc_fast.repairs.rescaling import rescale, spread
 from mudsc_fast.repairs.samples import as_weight, samples
@@ -73,8 +73,7 @@ def refit(
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
     models = list(models)
-    if part != "last":
-        check_members(models, plan)
+    check_networks(merged, models, None if part == "last" else plan)
     solver = _Solver(ridge, token_weight, last_target(output, heads, len(models)))
     solved = 0
 

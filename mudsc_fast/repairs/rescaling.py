@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mudsc_fast.progress import Progress
 from mudsc_fast.repairs.affine import can_shift, change
-from mudsc_fast.repairs.lockstep import Layer, check_members, walk_layers
+from mudsc_fast.repairs.lockstep import Layer, check_networks, walk_layers
 
 if TYPE_CHECKING:
     from mudsc_fast.plan import MergePlan
@@ -47,7 +47,7 @@ def repair(
             rescale(layer)
 
     models = list(models)
-    check_members(models, plan)
+    check_networks(merged, models, plan)
     return walk_layers(merged, models, batches, plan, work, "rescaling", progress)
 
 

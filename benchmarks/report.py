@@ -1,10 +1,10 @@
-"""A results file as a markdown table: ``python -m benchmarks.report benchmarks/results/FILE.json``."""
+"""Results files as markdown tables: ``python -m benchmarks.report benchmarks/results/FILE.json [LATER.json ...]``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,16 @@ from .reasons import reason
 from .suite import as_time
 
 HEAD = "| kernel | case | size | ours | against | ratio | target | met | share of ceiling | extra MiB |"
+
+
+def together(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One run out of several: of every op the rows of the last one that measured it."""
+    latest = {row["op"]: run for run in runs for row in run["rows"]}
+    kept: dict[str, Any] = {"rows": [], "exponents": []}
+    for op, run in latest.items():
+        kept["rows"] += [row for row in run["rows"] if row["op"] == op]
+        kept["exponents"] += [fit for fit in run.get("exponents", ()) if fit["op"] == op]
+    return {**kept, "failures": [failure for run in runs for failure in run.get("failures", ())]}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -67,8 +77,8 @@ def _times(ratio: float | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table of one results file."""
-    print(table(json.loads(Path(arguments[0]).read_text())))
+    """Print the tables of the results files."""
+    print(table(together([json.loads(Path(name).read_text()) for name in arguments])))
     return 0
 
 

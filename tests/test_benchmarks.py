@@ -6,12 +6,13 @@ import importlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import adapters, bench_assign, bench_covariance, bench_zip, refusal, suite
+from benchmarks import adapters, bench_assign, bench_covariance, bench_zip, refusal, report, suite
 from benchmarks.harness import LONG, OURS, Contender, Result, Row, WrongResult, further, growth, run_row, threads_set
 from mudsc_fast.cli.app import cli
 
@@ -275,3 +276,14 @@ def test_adapters_beside_their_tools() -> None:
     assert set(adapters.ROWS) == set(RESULTS["rows"])
     document = (Path(__file__).resolve().parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
     assert adapters.table(RESULTS) in document
+
+
+def test_a_later_run_takes_the_place_of_its_ops() -> None:
+    def run(**ratios: float) -> dict[str, Any]:
+        rows = [{"op": op, "measured": ratio} for op, ratio in ratios.items()]
+        return {"rows": rows, "exponents": [{"op": op, "exponent": ratio} for op, ratio in ratios.items()]}
+
+    found = report.together([run(assign=1.0, regroup=2.0), run(regroup=3.0)])
+    assert [(row["op"], row["measured"]) for row in found["rows"]] == [("assign", 1.0), ("regroup", 3.0)]
+    assert [fit["exponent"] for fit in found["exponents"]] == [1.0, 3.0]
+    assert found["failures"] == []

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from golden_models import CHANNELS, GroupedAttention, grouped_spec
 from networks import MLP, ResNet, ViT, randomise_norms
 from torch import Tensor, nn
 
 import mudsc_fast as mf
-from mudsc_fast import specs
+from mudsc_fast import matching, specs
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,18 @@ ARCHITECTURES = {
     "attention": _attention("free"),
     "rope": _attention("fixed"),
 }
+
+
+def op_by_op(*arguments: Any, **options: Any) -> mf.MergePlan:
+    """`match` with an op a step, where visits would be single calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "network_of", lambda *_: None)
+        return mf.match(*arguments, **options)
+
+
+def assert_same(quick: mf.MergePlan, plain: mf.MergePlan) -> None:
+    """The same labels, and the same values up to rounding."""
+    for space, labels in plain.labels.items():
+        assert torch.equal(quick.labels[space], labels), space
+    assert quick.values == pytest.approx(plain.values, rel=1e-12, abs=1e-15)
+    assert quick.history == pytest.approx(plain.history, rel=1e-12, abs=1e-15)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline_cases import assert_same, op_by_op
 from torch import Tensor
 
 import mudsc_fast as mf
-from mudsc_fast import _core, matching, network
+from mudsc_fast import _core, network
 
 ROUNDED = "avx512_bf16"  # the instruction set with products of 8-bit integers
 
@@ -137,19 +138,6 @@ def statistics(spec: mf.PermutationSpec, models: int, seed: int) -> dict[str, mf
             [shared.roll(m, 1) + 0.5 * torch.randn(shared.shape, generator=g) for m in range(models)]
         )
     return stats
-
-
-def op_by_op(*arguments: Any, **options: Any) -> mf.MergePlan:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "network_of", lambda *_: None)
-        return mf.match(*arguments, **options)
-
-
-def assert_same(quick: mf.MergePlan, plain: mf.MergePlan) -> None:
-    for space, labels in plain.labels.items():
-        assert torch.equal(quick.labels[space], labels), space
-    assert quick.values == pytest.approx(plain.values, rel=1e-12)
-    assert quick.history == pytest.approx(plain.history, rel=1e-12)
 
 
 @pytest.mark.parametrize(("balance", "start"), [(0.3, True), (0.9, True), (1.0, False)])

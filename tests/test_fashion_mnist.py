@@ -141,9 +141,12 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     found = json.loads((cache / "elastic" / "mlp-halves-0.json").read_text())
     assert len(found) == len(elastic.BUDGETS) * len(elastic.WIDTHS) * len(elastic.METHODS)
     assert all(row["size"] <= float(name.rpartition(" ")[2]) for name, row in found.items())
-    shown = table.elastic_table({"mlp": {"0": found}}).splitlines()
+    halves = {"mlp": {"0": {"rows": rows}}}
+    shown = table.elastic_table({"mlp": {"0": found}}, halves).splitlines()
     assert shown[0] == "| | parameters | widths | mlp (1) |"
-    assert len(shown) == 2 + len(found)
+    assert len(shown) == 2 + len(found) + len(table.ELASTIC_CONTROLS)
+    random = rows["control: random halves + refit, heads"]["mean"]
+    assert shown[-1] == f"| control: random halves + refit, heads | 1.0 | uniform | {random:.1f} |"
     wanted = f"{found['zip + decoder + rescaling, elastic widths, 1.0']['mean']:.1f}"
     assert f"| zip + decoder + rescaling | 1.0 | elastic | {wanted} |" in shown
     assert json.loads((cache / "cost.json").read_text())["mlp"]["refit"]["clock"] > 0

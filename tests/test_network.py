@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_cases import ARCHITECTURES
+from pipeline_cases import ARCHITECTURES, assert_same, op_by_op
 from torch import Tensor
 
 import mudsc_fast as mf
-from mudsc_fast import _core, averaging, matching, network, rematch
+from mudsc_fast import _core, averaging, network, rematch
 
 
 class Calls:
@@ -30,19 +30,6 @@ class Calls:
             return made
 
         monkeypatch.setattr(network.Network, "visit", counted)
-
-
-def op_by_op(*arguments: Any, **options: Any) -> mf.MergePlan:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "network_of", lambda *_: None)
-        return mf.match(*arguments, **options)
-
-
-def assert_same(quick: mf.MergePlan, plain: mf.MergePlan) -> None:
-    for space, labels in plain.labels.items():
-        assert torch.equal(quick.labels[space], labels), space
-    assert quick.values == pytest.approx(plain.values, rel=1e-12, abs=1e-15)
-    assert quick.history == pytest.approx(plain.history, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize(("models", "activations", "balance"), [(2, True, 0.5), (3, True, 0.0), (3, False, 1.0)])

@@ -27,6 +27,7 @@ SPLIT_NAMES = {
 }
 PAPER = "MuDSC zip"
 BETTER_BODY = "control: better body, last layer solved, heads"
+ELASTIC_CONTROLS = (BETTER_BODY, "control: random halves + refit, heads")
 NO_REFIT = ("zip + rescaling", "zip + decoder", "zip + decoder + rescaling", "selection", "selection + decoder",
             "selection + decoder + rescaling", "whole blocks + decoder + rescaling", *ROTATED)  # fmt: skip
 
@@ -182,8 +183,11 @@ def cost_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", about])
 
 
-def elastic_table(found: dict[str, Any]) -> str:
-    """Uniform and elastic widths of the same number of parameters: a row a method, budget and kind of widths."""
+def elastic_table(found: dict[str, Any], halves: dict[str, Any]) -> str:
+    """Uniform and elastic widths of the same number of parameters: a row a method, budget and kind of widths.
+
+    halves: the rows of the same pairs without a budget, among them the two controls that a refit is read against.
+    """
     networks = [n for n in NETWORKS if n in found]
     seeds = {n: len(found[n]) for n in networks}
     lines = ["| | parameters | widths | " + " | ".join(f"{n} ({seeds[n]})" for n in networks) + " |"]
@@ -192,7 +196,11 @@ def elastic_table(found: dict[str, Any]) -> str:
         method, kind, budget = name.rsplit(", ", 2)
         cells = [cell([pair[name]["mean"] for pair in found[n].values() if name in pair], seeds[n]) for n in networks]
         lines.append(f"| {method} | {budget} | {kind.removesuffix(' widths')} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines[:2], *sorted(lines[2:], key=_by_method)])
+    lines[2:] = sorted(lines[2:], key=_by_method)
+    for control in ELASTIC_CONTROLS:
+        cells = [cell(values(halves.get(n, {}), control, "mean"), seeds[n]) for n in networks]
+        lines.append(f"| {control} | 1.0 | uniform | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _by_method(line: str) -> tuple[str, str, bool]:
@@ -223,7 +231,7 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
     if "landscapes" in found:
         result["landscapes"] = landscape_table(found["landscapes"])
     if "elastic" in found:
-        result["elastic"] = elastic_table(found["elastic"])
+        result["elastic"] = elastic_table(found["elastic"], found.get("halves", {}))
     if "heterogeneous" in found:
         result["heterogeneous"] = heterogeneous_table(found["heterogeneous"])
     return result

@@ -2,6 +2,7 @@
 // into the accumulated products. Sums and sums of squares are float64.
 #include "cpu/kernels/covariance.h"
 
+#include "cpu/kernels/fill.h"
 #include "cpu/kernels/pack.h"
 
 namespace mudsc {

@@ -2,6 +2,7 @@
 // blend with the correlation of their activations, read from a covariance's accumulators.
 #include "cpu/kernels/bounds.h"
 #include "cpu/kernels/covariance.h"
+#include "cpu/kernels/fill.h"
 #include "cpu/kernels/pack.h"
 
 namespace mudsc {

@@ -304,18 +304,25 @@ def further(row: Row, result: Result) -> Iterator[Result]:
             yield replace(result, case=case, against=against, target=target, measured=measured, wall={})
 
 
-def growth(results: Iterable[Result]) -> dict[tuple[str, str, int], float]:
-    """The fitted exponent of our time against size, for each op, case and thread count with three sizes or more."""
-    groups: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+def growth(
+    results: Iterable[Result], largest: Mapping[tuple[str, str], int] | None = None
+) -> dict[tuple[str, str, int], tuple[float, int, int]]:
+    """Our time's fitted exponent against size, and the least and largest size of the fit.
+
+    One for each op, case and thread count with three sizes or more; ``largest``: sizes above it are not in the fit of
+    that op and case.
+    """
+    most = largest or {}
+    groups: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
     for r in results:
-        if OURS in r.seconds and r.size > 0:
-            points = groups.setdefault((r.op, r.case, r.threads), [])
-            points.append((math.log(r.size), math.log(r.seconds[OURS])))
+        if OURS in r.seconds and 0 < r.size <= most.get((r.op, r.case), r.size):
+            groups.setdefault((r.op, r.case, r.threads), []).append((r.size, r.seconds[OURS]))
     fitted = {}
     for key, points in groups.items():
-        if len({x for x, _ in points}) >= 3:
-            xs, ys = zip(*points, strict=True)
-            fitted[key] = statistics.linear_regression(xs, ys).slope
+        sizes, seconds = zip(*points, strict=True)
+        if len(set(sizes)) >= 3:
+            slope = statistics.linear_regression([math.log(n) for n in sizes], [math.log(t) for t in seconds]).slope
+            fitted[key] = (slope, min(sizes), max(sizes))
     return fitted
 
 

@@ -39,13 +39,13 @@ def table(results: Mapping[str, Any]) -> str:
     fits = list(results.get("exponents", ()))
     if fits:
         lines = [
-            f"| {fit['op']} | {fit['case']} | {fit['exponent']:.2f} | "
+            f"| {fit['op']} | {fit['case']} | {' to '.join(map(str, fit.get('sizes', ())))} | {fit['exponent']:.2f} | "
             f"{'' if fit.get('target') is None else '<= ' + format(fit['target'], 'g')} |"
             for fit in fits
         ]
         parts += [
             "Time grows as size to the power of:",
-            "\n".join(["| kernel | case | power | target |", "|---" * 4 + "|", *lines]),
+            "\n".join(["| kernel | case | sizes | power | target |", "|---" * 5 + "|", *lines]),
         ]
     parts += [f"Failed: {failure}" for failure in results.get("failures", ())]
     return "\n\n".join(parts)

@@ -21,8 +21,8 @@ from . import ceilings
 from .harness import OURS, Result, WrongResult, further, growth, run_row
 from .reasons import reason
 
-# What the growth of our time with size may be.
-GROWTH_TARGETS = {("zip", "one block"): 2.2, ("zip", "32 blocks"): 2.2}
+# What the growth of our time with size may be, and up to which size; the largest zip has a limit in seconds instead.
+GROWTH_TARGETS = {("zip", "one block"): (2.2, 8192), ("zip", "32 blocks"): (2.2, 8192)}
 OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
 # Seconds that each op takes on two cores (AMD Zen 4) that do nothing else: what a whole run is planned to need.
 PREDICTED = {"covariance": 100, "similarity": 60, "assign": 340, "zip": 160, "regroup": 60, "pipeline": 160}
@@ -111,9 +111,12 @@ def _about(
                 "case": case,
                 "threads": threads,
                 "exponent": exponent,
-                "target": GROWTH_TARGETS.get((op, case)),
+                "sizes": [least, most],
+                "target": GROWTH_TARGETS.get((op, case), (None,))[0],
             }
-            for (op, case, threads), exponent in growth(results).items()
+            for (op, case, threads), (exponent, least, most) in growth(
+                results, {key: most for key, (_, most) in GROWTH_TARGETS.items()}
+            ).items()
         ],
     }
 

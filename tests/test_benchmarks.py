@@ -66,8 +66,11 @@ def test_missing_peers_are_named_and_best_is_the_fastest_of_the_rest() -> None:
 
 def test_growth_exponent() -> None:
     results = [Result("op", "case", n, 1, seconds={OURS: 3e-9 * n**2.5}) for n in (64, 128, 512, 1024)]
-    assert growth(results)["op", "case", 1] == pytest.approx(2.5)
+    assert growth(results)["op", "case", 1] == (pytest.approx(2.5), 64, 1024)
     assert not growth(results[:2])
+    slow = [*results, Result("op", "case", 2048, 1, seconds={OURS: 10.0})]
+    assert growth(slow)["op", "case", 1][0] > 2.6
+    assert growth(slow, {("op", "case"): 1024}) == {("op", "case", 1): (pytest.approx(2.5), 64, 1024)}
 
 
 def test_threads_are_put_back() -> None:

@@ -51,8 +51,10 @@ def bench(
     if not results and not failures:
         raise click.UsageError(f"--case: no row begins with {' or '.join(map(repr, cases))}")
     for fit in about["exponents"]:
-        most = "" if fit["target"] is None else f" (target at most {fit['target']:g})"
-        click.echo(f"growth  {fit['op']} {fit['case']} x{fit['threads']}: size^{fit['exponent']:.2f}{most}")
+        asked = fit["target"]
+        most = "" if asked is None else f" (target at most {asked:g}{'' if fit['exponent'] <= asked else ': LOW'})"
+        sizes = f"{fit['sizes'][0]} to {fit['sizes'][1]}"
+        click.echo(f"growth  {fit['op']} {fit['case']} x{fit['threads']}, {sizes}: size^{fit['exponent']:.2f}{most}")
     low = [r for r in results if r.met is False]
     judged = [r for r in results if r.met is not None]
     click.echo(f"{len(results)} rows, {len(judged) - len(low)} of {len(judged)} targets met, {len(failures)} wrong")

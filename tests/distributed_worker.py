@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mudsc_fast as mf
-from mudsc_fast import cli, stats_files
+from mudsc_fast import cli, elastic, stats_files
 from mudsc_fast.checkpoints import CheckpointWriter
 from mudsc_fast.checkpoints.writing import layout_of
 from mudsc_fast.distributed import World, world_of
@@ -137,6 +137,21 @@ def command_line(folder: Path) -> None:
         call(arguments)
 
 
+def chosen_widths(folder: Path) -> None:
+    """The command with --width-budget, on the statistics of the run before; rank 1 would choose other widths."""
+    choose = elastic.elastic_widths
+
+    def narrower(states: Any, spec: mf.PermutationSpec, *given: Any, **options: Any) -> dict[str, int]:
+        return {n: max(spec[n].blocks, w - spec[n].blocks) for n, w in choose(states, spec, *given, **options).items()}
+
+    if os.environ["RANK"] == "1":
+        elastic.elastic_widths = narrower
+    given = [str(folder.parent / f"{name}.safetensors") for name in "ab"]
+    stats, plan = folder.parent / "cli:1" / "stats.safetensors", folder / "plan.safetensors"
+    merge = ["merge", *given, "--spec", str(folder.parent / "spec.json"), "--stats", str(stats), "--method", "zip"]
+    call([*merge, "--width-budget", "0.8", "--save-plan", str(plan), "--no-verify", "-o", str(folder / "out")])
+
+
 def resumable(what: str, folder: Path) -> None:
     """Commands with --resume: whole, cut off where rank 1 dies, or gone on with; statistics in two passes."""
     spec = str(folder.parent / "spec.json")
@@ -180,6 +195,9 @@ def call(arguments: list[str]) -> None:
 def rank_main(what: str, folder: Path) -> None:
     if what == "cli":
         command_line(folder)
+        return
+    if what == "widths":
+        chosen_widths(folder)
         return
     if what == "whole" or what.startswith(("cut", "go-on")):
         resumable(what, folder)

@@ -19,6 +19,7 @@ from mudsc_fast.distributed import levels, owners
 WORKER = Path(__file__).parent / "distributed_worker.py"
 MERGES = ("merge:1", "merge:2", "merge:4")
 COMMANDS = ("cli:1", "cli:2")
+WIDTHS = ("widths:1", "widths:2")
 RESUMED = ("cut-matching:2", "cut-writing:2")
 BROKEN = ("die-matching:3", "die-writing:2", "fail-match:2", "fail-write:3")
 pytestmark = pytest.mark.skipif(
@@ -35,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = mf.PermutationSpec.trace(Net(), (torch.randn(2, 7, 6),))
     (root / "spec.json").write_text(spec.to_json())
     paths = [str(WORKER.parent.parent), str(WORKER.parent.parent / "examples")]
-    command = [sys.executable, str(WORKER), str(root), *MERGES, *COMMANDS, "whole:2", *RESUMED, *BROKEN]
+    command = [sys.executable, str(WORKER), str(root), *MERGES, *COMMANDS, *WIDTHS, "whole:2", *RESUMED, *BROKEN]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, timeout=300, capture_output=True, text=True
     )
@@ -52,7 +53,7 @@ def said(runs: Path, run: str) -> list[str]:
     return [(runs / f"{run}-{rank}.txt").read_text() for rank in range(int(run[-1]))]
 
 
-@pytest.mark.parametrize("run", [*MERGES, *COMMANDS])
+@pytest.mark.parametrize("run", [*MERGES, *COMMANDS, *WIDTHS])
 def test_every_run_ends_well(run: str, runs: Path) -> None:
     assert codes(runs, run) == [0] * int(run[-1]), "\n".join(said(runs, run))
 
@@ -87,6 +88,16 @@ def test_the_command_writes_once_and_the_same(runs: Path) -> None:
         assert (folder / "out" / name).read_bytes() == (alone / "out" / name).read_bytes(), name
     assert "merged 2 checkpoints" in said(runs, "cli:2")[0]
     assert said(runs, "cli:2")[1] == ""
+
+
+def test_one_process_chooses_the_widths_of_all(runs: Path) -> None:
+    one, many = (mf.MergePlan.load(runs / run / "plan.safetensors") for run in WIDTHS)
+    assert one.widths == many.widths
+    assert one.widths != {space.name: space.width for space in one.spec}
+    written = sorted(p.name for p in (runs / WIDTHS[1] / "out").iterdir())
+    assert written == sorted(p.name for p in (runs / WIDTHS[0] / "out").iterdir())
+    for name in written:
+        assert (runs / WIDTHS[1] / "out" / name).read_bytes() == (runs / WIDTHS[0] / "out" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("run", RESUMED)

@@ -39,6 +39,7 @@ def records() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_every_kernel_is_compiled_for_every_chip(records: list[dict[str, Any]]) -> None:
     for chip in cuda_code.CHIPS:

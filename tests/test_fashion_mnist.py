@@ -66,6 +66,7 @@ def test_missing_and_damaged_files_are_named(files: Path) -> None:
         data.load(files)
 
 
+@pytest.mark.slow
 def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (parents, cost, elastic, evaluate, landscapes, plots, train, table):
         monkeypatch.setattr(module, "NETWORKS", {"mlp": NETWORK})

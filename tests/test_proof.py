@@ -99,6 +99,7 @@ def _with_fake_modules(real):  # type: ignore[no-untyped-def]
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cuda_cases.why_not() is not None, reason=str(cuda_cases.why_not()))
 def test_a_small_run_of_the_cuda_cases() -> None:
     found = cuda_cases.run(12345, share=0.05)

@@ -22,6 +22,7 @@ def test_the_texts_are_those_of_every_python() -> None:
         assert not torch.equal(known, held)
 
 
+@pytest.mark.slow
 def test_it_runs_and_goes_on(tmp_path: Path) -> None:
     out, document = tmp_path / "llamas.json", tmp_path / "quality.md"
     document.write_text("<!-- small-llamas -->\nold\n<!-- /small-llamas -->\n")

@@ -38,6 +38,14 @@ def check_spec(spec: PermutationSpec) -> None:
         raise TypeError(f"spec: expected a PermutationSpec, got {type(spec).__name__}")
 
 
+def check_plan(plan: MergePlan) -> None:
+    """TypeError unless a MergePlan."""
+    from mudsc_fast.plan import MergePlan
+
+    if not isinstance(plan, MergePlan):
+        raise TypeError(f"plan: expected a MergePlan, as `match` gives one, got {type(plan).__name__}")
+
+
 def two_or_more(state_dicts: Sequence[Mapping[str, Tensor]] | None) -> list[Mapping[str, Tensor]]:
     """The state dicts as a list, if there are at least two."""
     if isinstance(state_dicts, Mapping):

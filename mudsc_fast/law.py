@@ -79,7 +79,7 @@ def outputs(
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     # Names that share one tensor are given one each: a spec has to move them alike by itself.
     output = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
-    found = list(_floats((select or primary)(output)))
+    found = list(floats((select or primary)(output)))
     if not found:
         raise ValueError("verify: the model returned no floating tensor")
     return found
@@ -93,16 +93,17 @@ def primary(output: Any) -> Any:
     return output
 
 
-def _floats(output: Any) -> Iterator[Tensor]:
+def floats(output: Any) -> Iterator[Tensor]:
+    """The floating tensors in a tensor, or in sequences and mappings of them."""
     if isinstance(output, Tensor):
         if output.dtype.is_floating_point:
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _floats(value)
+            yield from floats(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
-            yield from _floats(value)
+            yield from floats(value)
 
 
 def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

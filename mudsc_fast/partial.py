@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from mudsc_fast.arguments import check_plan
 from mudsc_fast.axes import axis_labels
 from mudsc_fast.installing import installed
 from mudsc_fast.regrouping import regroup
@@ -55,6 +56,7 @@ def merge_partially(
     merged space from one that is not: it names the layer and the cuts that are possible.
     """
     models = list(models)
+    check_plan(plan)
     if len(models) != plan.models:
         raise ValueError(f"models: expected {plan.models}, one a model of the plan, got {len(models)}")
     full = plan.spec if spec is None else spec

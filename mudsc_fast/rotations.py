@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,8 +71,8 @@ def align_rotations(
 
     Returns Rotations, with the models' dtypes and devices. They may be averaged, or matched further like any models.
     Raises ValueError or TypeError: unknown parts, nothing that can be rotated, with what stands in the way (norms on
-    the stream itself, batch norms, tied embeddings), tensors or batches that do not fit. Source: orthogonal Procrustes;
-    arXiv 2506.22712 for the symmetries.
+    the stream itself, batch norms, tied embeddings), tensors or batches that do not fit, outputs on a batch that are
+    not finite. Source: orthogonal Procrustes; arXiv 2506.22712 for the symmetries.
     """
     models = list(models)
     if len(models) < 2:
@@ -104,7 +106,8 @@ def align_rotations(
     seen: Mapping[str, Covariance] = {}
     if balance < 1:
         tapped = tuple(Space(part.name, part.width, part.axes, part.taps, part.blocks) for part in maps)
-        seen = calibrate(works, batches, PermutationSpec(tapped), progress=progress)
+        with _finite_outputs(works):
+            seen = calibrate(works, batches, PermutationSpec(tapped), progress=progress)
     before, after = ({part.name: 0.0 for part in maps} for _ in range(2))
     with bar("rotating", None, progress) as steps:
         for m in range(1, len(models)):
@@ -229,7 +232,32 @@ def _inputs(batch: Any, device: torch.device) -> Any:
 def _check_outputs(works: Sequence[nn.Module], inputs: Any) -> None:
     for m, work in enumerate(works):
         if not all(bool(y.isfinite().all()) for y in law.outputs(work, work.state_dict(), inputs, None)):
-            raise ValueError(f"batches: outputs of model {m} on the first batch are NaN or infinite")
+            raise ValueError(f"batches: outputs of model {m} on batch 0 are NaN or infinite")
+
+
+@contextmanager
+def _finite_outputs(works: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, a model whose outputs are NaN or infinite raises ValueError; a call of it is a batch.
+
+    A covariance takes such entries for 0 and so would hide them.
+    """
+
+    def watched(m: int) -> Callable[[nn.Module, Any, Any], None]:
+        batches = count()
+
+        def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+            batch = next(batches)
+            if not all(bool(y.isfinite().all()) for y in law.floats(law.primary(output))):
+                raise ValueError(f"batches: outputs of model {m} on batch {batch} are NaN or infinite")
+
+        return watch
+
+    handles = [work.register_forward_hook(watched(m)) for m, work in enumerate(works)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _changed(model: nn.Module, state: Mapping[str, Tensor], other: Mapping[str, Tensor], inputs: Any) -> float:

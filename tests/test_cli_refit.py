@@ -104,6 +104,7 @@ def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--refit", "--text", "x", "--weights", "1,2"], "--weights: --refit solves"),
         (["--refit", "--text", "none.txt"], "--text: no such file"),
         (["--refit", "--text", "lines.txt", "--spill", "none"], "--spill: the folder none does not exist"),
+        (["--refit", "--text", "lines.txt", "--spill", ""], "give . if the current one is meant"),
         (["--refit", "--text", "lines.txt", "--max-memory", "1MB"], "at least"),
         (["--refit", "--text", "lines.txt"], "without config.json"),
         (["--refit", "--text", "lines.txt", "--dry-run"], "without config.json"),

@@ -454,6 +454,7 @@ def test_an_error_inside_a_model_comes_out_and_leaves_nothing_behind() -> None:
         ({"part": "first"}, ValueError, "part"),
         ({"ridge": -1.0}, ValueError, "ridge"),
         ({"token_weight": 0}, ValueError, "token_weight"),
+        ({"spill": ""}, ValueError, "spill: expected a folder, got ''; give '.'"),
     ],
 )
 def test_bad_refits(options: dict[str, Any], kind: type[Exception], words: str) -> None:
@@ -482,6 +483,22 @@ def test_calibration_that_says_nothing_changes_nothing(work: Any, fills: list[tu
     with pytest.raises(ValueError, match=words):
         work(merged, models, batches, plan)
     assert all(torch.equal(x, before[name]) for name, x in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("plan", [None, {"fc1": torch.zeros(2, 4)}, "plan.safetensors"], ids=["none", "dict", "path"])
+def test_what_is_no_plan_is_refused(plan: Any) -> None:
+    models, spec, batches = _pair("mlp")
+    merged = _merged(models, _zip(models, spec, batches))
+    states, words = [m.state_dict() for m in models], f"plan: expected a MergePlan.*got {type(plan).__name__}"
+    for call in (
+        lambda: mf.refit(merged, models, batches, plan),
+        lambda: mf.refit(merged, models, batches, plan, part="last"),
+        lambda: mf.repair(merged, models, batches, plan),
+        lambda: mf.decode(plan, states, mf.calibrate_readers(models, batches, spec)),
+        lambda: mf.merge_partially(models, plan),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
 
 
 def test_readers_without_calibration() -> None:

@@ -351,7 +351,7 @@ def test_streams_that_are_more_than_a_stream() -> None:
         ({"parts": "stream"}, ValueError, "stream, heads"),
         ({"parts": ()}, ValueError, "stream, heads"),
         ({"parts": 3}, ValueError, "stream, heads"),
-        ({"batches": [torch.full((2, 6), torch.nan)]}, ValueError, "outputs of model 0 on the first batch are NaN"),
+        ({"batches": [torch.full((2, 6), torch.nan)]}, ValueError, "outputs of model 0 on batch 0 are NaN"),
         ({"max_sweeps": 0}, ValueError, "max_sweeps"),
         ({"models": [nn.Linear(2, 2), nn.Linear(2, 2)]}, ValueError, "unknown tensor"),
     ],
@@ -361,6 +361,17 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], match: st
     given = {"models": models, "batches": [torch.zeros(2, 6)], "spec": _small_spec(), **change}
     with pytest.raises(error, match=match):
         mf.align_rotations(**given)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_are_refused_on_any_batch(value: float) -> None:
+    models, batches = [_vit(seed) for seed in range(2)], _images()
+    bad = [batches[0], batches[1].clone()]
+    bad[1][2, 0, 1, 3] = value
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    with pytest.raises(ValueError, match="outputs of model 0 on batch 1 are NaN or infinite"):
+        mf.align_rotations(models, bad, _spec("vit"))
+    assert all(torch.equal(x, s[n]) for m, s in zip(models, before, strict=True) for n, x in m.state_dict().items())
 
 
 def test_models_that_differ_are_refused() -> None:

@@ -52,12 +52,12 @@ def test_a_permuted_copy_is_matched_and_merged(name: str) -> None:
     state = {key: t.detach().clone() for key, t in model.state_dict().items()}
     copy = spec.permute(state, spec.random_permutation(5))
     with torch.no_grad():
-        before = [t.clone() for t in law._floats(law.primary(model(**inputs)))]
+        before = [t.clone() for t in law.floats(law.primary(model(**inputs)))]
     for method in ("align", "zip"):
         merged = match([state, copy], spec, method=method, balance=1.0, progress=False, seed=1).merge([state, copy])
         if method == "align":
             assert all(torch.allclose(merged[key].float(), state[key].float(), atol=1e-5) for key in state)
         with torch.no_grad():
             after = torch.func.functional_call(model, merged, (), inputs, tie_weights=False)
-        for a, b in zip(before, law._floats(law.primary(after)), strict=True):
+        for a, b in zip(before, law.floats(law.primary(after)), strict=True):
             assert torch.allclose(a, b, atol=1e-3 * float(a.abs().max())), method

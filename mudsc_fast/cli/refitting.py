@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 _SOURCES = {"inputs": "--inputs", "text": "--text", "images": "--images"}
 
+
+def _parse_folder(context: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    if value == "":
+        raise click.BadParameter("expected a folder, got an empty name; give . if the current one is meant")
+    return None if value is None else Path(value)
+
+
 refit = options.together(
     click.option(
         "--refit",
@@ -38,7 +45,8 @@ refit = options.together(
     ),
     click.option(
         "--spill",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=click.Path(file_okay=False),
+        callback=_parse_folder,
         metavar="FOLDER",
         help="With --refit: keep activations in a file there, on a disk, so that memory holds one batch's.",
     ),

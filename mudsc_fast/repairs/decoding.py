@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast.arguments import check_share
+from mudsc_fast.arguments import check_plan, check_share
 from mudsc_fast.axes import rows
 from mudsc_fast.calibration import ActivationStats, calibrate
 from mudsc_fast.moments import joint_covariance
@@ -77,6 +77,7 @@ def decode(
     A net merged with itself stays as it is. Rescale it afterwards (`repair`): guesses vary less than what they guess.
     Raises ValueError as `plan.merge`, and for no readers or readers of other widths. Source: docs/quality.md.
     """
+    check_plan(plan)
     check_share("ridge", ridge, top=None)
     if not readers:
         raise ValueError("readers: expected what calibrate_readers gave, got nothing")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast.arguments import check_share
+from mudsc_fast.arguments import check_plan, check_share
 from mudsc_fast.progress import Progress
 from mudsc_fast.repairs.affine import can_shift, change, change_rows
 from mudsc_fast.repairs.lockstep import Layer, check_networks, walk_layers
@@ -73,6 +73,7 @@ def refit(
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
     models = list(models)
+    check_plan(plan)
     check_networks(merged, models, None if part == "last" else plan)
     solver = _Solver(ridge, token_weight, last_target(output, heads, len(models)))
     solved = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mudsc_fast.arguments import check_plan
 from mudsc_fast.progress import Progress
 from mudsc_fast.repairs.affine import can_shift, change
 from mudsc_fast.repairs.lockstep import Layer, check_networks, walk_layers
@@ -47,6 +48,7 @@ def repair(
             rescale(layer)
 
     models = list(models)
+    check_plan(plan)
     check_networks(merged, models, plan)
     return walk_layers(merged, models, batches, plan, work, "rescaling", progress)
 

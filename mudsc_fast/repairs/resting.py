@@ -46,6 +46,8 @@ class Rest:
     """
 
     def __init__(self, folder: str | Path, least: int = LEAST) -> None:
+        if str(folder) == "":
+            raise ValueError("spill: expected a folder, got ''; give '.' if the current one is meant")
         if not Path(folder).is_dir():
             raise ValueError(f"spill: expected an existing folder, got {str(folder)!r}")
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)

@@ -78,10 +78,10 @@ def _fresh_environment(folder: Path) -> Path:
     return python
 
 
-def _install_and_merge(package: Path, folder: Path) -> None:
+def _install_and_merge(package: Path, folder: Path, **environment: str) -> None:
     python = _fresh_environment(folder / "venv")
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation")
-    _run(*pip, "--no-index", package, cwd=folder, MUDSC_FAST_CUDA="OFF")
+    _run(*pip, "--no-index", package, cwd=folder, MUDSC_FAST_CUDA="OFF", **environment)
     output = _run(python, "-c", USE, cwd=folder, PYTHONPATH="")
     assert f"merged from {folder}" in output
 
@@ -151,9 +151,16 @@ def test_extension_links_neither_torch_nor_cuda(wheel: Path, tmp_path: Path) -> 
 def test_sdist_holds_all_that_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
+        sources = {
+            member.name.split("/", 1)[1]: archive.extractfile(member).read()  # type: ignore[union-attr]
+            for member in members
+            if member.isfile() and re.search(r"^[^/]+/(csrc/|CMakeLists.txt$)", member.name)
+        }
     names = {member.name.split("/", 1)[1] for member in members if "/" in member.name}
     assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "csrc/bindings/module.cpp"} <= names
     assert {"mudsc_fast/_core.pyi", "mudsc_fast/py.typed"} <= names
+    tree = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    assert sources == {str(path.relative_to(ROOT)): path.read_bytes() for path in tree}
     assert not any(
         name.endswith((".so", ".pyc", ".o")) or name.startswith(("build/", ".venv/", "out/")) for name in names
     )
@@ -165,4 +172,6 @@ def test_wheel_merges_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_sdist_merges_outside_the_tree(sdist: Path, tmp_path: Path) -> None:
-    _install_and_merge(sdist, tmp_path)
+    # Without optimisation: the sources are those of the tree, whose build with it is tested everywhere else.
+    quick = {"SKBUILD_CMAKE_BUILD_TYPE": "None", "SKBUILD_CMAKE_DEFINE": "MUDSC_FAST_OPTIMISE=-O0"}
+    _install_and_merge(sdist, tmp_path, **quick)

@@ -180,24 +180,6 @@ inline void take(const T* data, const int64_t* at, int64_t members, W* to) {
     sum.store(to);
 }
 
-// Whether columns with one member each come in runs of nine, the 3 x 3 kernels of many networks.
-inline bool all_nines(const Columns& columns, const Run* runs, int64_t count) {
-    bool nines = columns.ptr == nullptr;
-    for (int64_t r = 0; r < count; ++r) nines &= runs[r].length == 9;
-    return nines;
-}
-
-template <typename W>
-void copy_nines(const W* data, const W* soon, const Columns& columns, const Run* runs, int64_t count, W* to) {
-    for (int64_t r = 0; r < count; ++r, to += 9) {
-        const int64_t at = columns.off[runs[r].first];
-        __builtin_prefetch(soon + at);
-        __builtin_prefetch(soon + at + 8);
-        memcpy(to, data + at, 8 * sizeof(W));
-        to[8] = data[at + 8];
-    }
-}
-
 // One unit's columns, run after run; the last vector of a run ends where the run does. The same of a unit that is read
 // soon are asked for.
 template <typename W, typename T>
@@ -277,47 +259,40 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
                 W* to) {
     const bool run = columns_run(columns, c0, n);
     Run runs[kPackRows];
-    const int64_t count = run ? 0 : find_runs(columns, c0, n, runs);
-    if (count * 3 > n) {
+    const int64_t count = run ? 1 : find_runs(columns, c0, n, runs);
+    if (!run && count * 3 > n) {
         gather_scattered(data, unit_off, columns, units, c0, n, to);
         scale_columns(columns, units, c0, n, to);
         return;
     }
-    const bool nines = sizeof(T) == sizeof(W) && !run && all_nines(columns, runs, count);
+    // Runs with one member a column are read where they are.
+    const bool direct = sizeof(T) == sizeof(W) && columns.ptr == nullptr;
+    if (run) runs[0] = {c0, n};
     constexpr int64_t kAtOnce = 8;
     W part[kAtOnce][kPackRows];
     for (int64_t u0 = 0; u0 < units; u0 += kAtOnce) {
         const int64_t batch = min64(kAtOnce, units - u0);
         const W* rows[kAtOnce];
-        for (int64_t u = 0; u < batch; ++u) rows[u] = part[u];
+        if (direct) {
+            for (int64_t u = 0; u < batch; ++u) rows[u] = reinterpret_cast<const W*>(data + unit_off[u0 + u]);
+            W* at = to + u0;
+            for (int64_t r = 0; r < count; ++r) {
+                transpose_rows(rows, batch, columns.off[runs[r].first], runs[r].length, at, kPanel);
+                at += runs[r].length * kPanel;
+            }
+            continue;
+        }
         for (int64_t u = 0; u < batch; ++u) {
             const T* unit = data + unit_off[u0 + u];
-            if (run && sizeof(T) == sizeof(W)) {
-                rows[u] = reinterpret_cast<const W*>(unit + columns.off[c0]);
-            } else if (run) {
+            rows[u] = part[u];
+            if (run) {
                 convert_run<false>(part[u], unit + columns.off[c0], n);
             } else {
                 const T* soon = data + unit_off[min64(u0 + u + kAtOnce, units - 1)];
-                if constexpr (sizeof(T) == sizeof(W)) {
-                    if (nines) {
-                        copy_nines(unit, soon, columns, runs, count, part[u]);
-                        continue;
-                    }
-                }
                 gather_unit(unit, soon, columns, runs, count, part[u]);
             }
         }
-        int64_t done = 0;
-        if (batch == kAtOnce) {
-            transpose_8(rows, n, to + u0, kPanel);
-            done = kAtOnce;
-        } else if (batch >= 4) {
-            transpose_4(rows, n, to + u0, kPanel);
-            done = 4;
-        }
-        for (; done < batch; ++done) {
-            for (int64_t k = 0; k < n; ++k) to[k * kPanel + u0 + done] = rows[done][k];
-        }
+        transpose_rows(rows, batch, 0, n, to + u0, kPanel);
     }
     scale_columns(columns, units, c0, n, to);
 }

@@ -331,7 +331,7 @@ class Similarity {
         for (; i + 4 <= i1; i += 4) {
             const W* const from[4] = {out_ + i * ld + j0, out_ + (i + 1) * ld + j0, out_ + (i + 2) * ld + j0,
                                       out_ + (i + 3) * ld + j0};
-            transpose_4(from, j1 - j0, out_ + j0 * ld + i, ld);
+            transpose_4(from, 0, j1 - j0, out_ + j0 * ld + i, ld);
         }
         for (; i < i1; ++i) {
             for (int64_t j = j0; j < j1; ++j) out_[j * ld + i] = out_[i * ld + j];

@@ -1,4 +1,4 @@
-// Vectors for the assignment kernels: one thin type per element type, on whatever the instruction set has.
+// Vectors for kernels that look for extremes: one thin type per element type, on whatever the instruction set has.
 // Only included by kernel sources: everything is in the anonymous namespace of the instruction set.
 #pragma once
 
@@ -205,6 +205,12 @@ inline float lowest(__m256 a) {
     return _mm_cvtss_f32(_mm_min_ss(b, _mm_movehdup_ps(b)));
 }
 
+inline float highest(__m256 a) {
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), upper_half(a));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+
 inline double highest(__m256d a) {
     const __m128d b = _mm_max_pd(_mm256_castpd256_pd128(a), upper_half(a));
     return _mm_cvtsd_f64(_mm_max_sd(b, _mm_unpackhi_pd(b, b)));
@@ -228,6 +234,7 @@ inline void top_two(Vec<float> first, Vec<float> second, float* a, float* b) {
 inline double lowest(Vec<double> a) { return lowest(_mm256_min_pd(_mm512_castpd512_pd256(a.x), upper_half(a.x))); }
 inline float lowest(Vec<float> a) { return lowest(_mm256_min_ps(_mm512_castps512_ps256(a.x), upper_half(a.x))); }
 inline double highest(Vec<double> a) { return highest(_mm256_max_pd(_mm512_castpd512_pd256(a.x), upper_half(a.x))); }
+inline float highest(Vec<float> a) { return highest(_mm256_max_ps(_mm512_castps512_ps256(a.x), upper_half(a.x))); }
 inline Vec<double> lowest_in_all(Vec<double> a) {
     const __m512d b = _mm512_min_pd(a.x, _mm512_shuffle_f64x2(a.x, a.x, 0x4e));
     const __m512d c = _mm512_min_pd(b, _mm512_shuffle_f64x2(b, b, 0xb1));
@@ -244,7 +251,10 @@ template <class C>
 inline C lowest(Vec<C> a) {
     return lowest(a.x);
 }
-inline double highest(Vec<double> a) { return highest(a.x); }
+template <class C>
+inline C highest(Vec<C> a) {
+    return highest(a.x);
+}
 inline Vec<double> lowest_in_all(Vec<double> a) {
     const __m256d b = _mm256_min_pd(a.x, _mm256_permute2f128_pd(a.x, a.x, 1));
     return {_mm256_min_pd(b, _mm256_permute_pd(b, 5))};

@@ -16,6 +16,7 @@
 
 #include "cpu/common.h"
 #include "cpu/kernels.h"
+#include "cpu/kernels/assign_simd.h"
 #include "cpu/kernels/crew.h"
 #include "cpu/kernels/transpose.h"
 
@@ -35,40 +36,60 @@ constexpr int64_t kAhead = 8;                // panels fetched ahead: each holds
 constexpr int64_t kChunk = 256;              // positions searched again for the place of a maximum
 constexpr double kSymmetryTolerance = 1e-4;  // of the largest magnitude: more is not rounding
 
+// The largest of x(k) over k in [from, n), -inf if there is none; x.at(k) gives the Vec<T>::lanes numbers from k on.
+template <typename T, typename X>
+T largest(const X& x, int64_t from, int64_t n) {
+    constexpr int64_t lanes = Vec<T>::lanes;
+    T most = -static_cast<T>(INFINITY);
+    if (n - from >= lanes) {
+        Vec<T> top = x.at(n - lanes);  // the last lanes, some of them a second time
+        for (; from + lanes <= n; from += lanes) top = vmax(top, x.at(from));
+        return highest(top);
+    }
+    for (; from < n; ++from) most = x(from) > most ? x(from) : most;
+    return most;
+}
+
+// The first k >= from at which x(k) is at least `least`; there has to be one below n.
+template <typename T, typename X>
+int64_t first_of(const X& x, T least, int64_t from, int64_t n) {
+    constexpr int64_t lanes = Vec<T>::lanes;
+    for (; from + lanes <= n; from += lanes) {
+        const uint64_t found = ge(x.at(from), Vec<T>::all(least));
+        if (found != 0) return from + __builtin_ctzll(found);
+    }
+    while (from < n - 1 && !(x(from) >= least)) ++from;
+    return from;
+}
+
+template <typename T>
+struct Plain {
+    const T* x;
+    T operator()(int64_t k) const { return x[k]; }
+    Vec<T> at(int64_t k) const { return Vec<T>::load(x + k); }
+};
+
+template <typename T>
+struct Barred {
+    const T *x, *bar;
+    T operator()(int64_t k) const { return x[k] + bar[k]; }
+    Vec<T> at(int64_t k) const { return Vec<T>::load(x + k) + Vec<T>::load(bar + k); }
+};
+
 // The largest of row[k] + bar[k] over k in [from, n) and its first place; -inf and -1 when nothing is allowed.
 template <typename T>
 T first_max(const T* row, const T* bar, int64_t from, int64_t n, int64_t* place) {
+    const Barred<T> entries{row, bar};
     T best = -static_cast<T>(INFINITY);
     int64_t chunk = -1;
     for (int64_t k = from; k < n; k += kChunk) {
-        const int64_t end = min64(k + kChunk, n);
-        T lane[kLanes];
-        for (int64_t l = 0; l < kLanes; ++l) lane[l] = -static_cast<T>(INFINITY);
-        int64_t c = k;
-        for (; c + kLanes <= end; c += kLanes) {
-            for (int64_t l = 0; l < kLanes; ++l) {
-                const T x = row[c + l] + bar[c + l];
-                lane[l] = x > lane[l] ? x : lane[l];
-            }
-        }
-        for (; c < end; ++c) {
-            const T x = row[c] + bar[c];
-            lane[0] = x > lane[0] ? x : lane[0];
-        }
-        T top = lane[0];
-        for (int64_t l = 1; l < kLanes; ++l) top = lane[l] > top ? lane[l] : top;
+        const T top = largest<T>(entries, k, min64(k + kChunk, n));
         if (top > best) {
             best = top;
             chunk = k;
         }
     }
-    *place = -1;
-    for (int64_t k = chunk; chunk >= 0 && k < n; ++k) {
-        if (row[k] + bar[k] == best) {
-            *place = k;
-            break;
-        }
-    }
+    *place = chunk < 0 ? -1 : first_of(entries, best, chunk, n);
     return best;
 }
 
@@ -241,9 +262,7 @@ class Zipper {
     // The largest of the entries that are recorded of row i's group.
     void find_highest(int64_t i) {
         const int64_t first = i / kGroup * kGroup;
-        T top = kNone;
-        for (int64_t k = first; k < min64(first + kGroup, n); ++k) top = best[k] > top ? best[k] : top;
-        highest[i / kGroup] = top;
+        highest[i / kGroup] = largest<T>(Plain<T>{best.get()}, first, min64(first + kGroup, n));
     }
 
     void set_best(int64_t i, T entry, int64_t place) {
@@ -259,8 +278,7 @@ class Zipper {
             int64_t group, place;
             const T top = first_max(highest.get(), none.get(), 0, ceil_div(n, kGroup), &group);
             if (group < 0) return -1;
-            int64_t i = group * kGroup;
-            while (best[i] != top) ++i;
+            const int64_t i = first_of(Plain<T>{best.get()}, top, group * kGroup, n);
             if (!stale[i]) return i;
             pull(i);
             const T entry = first_max(row(i), gone.get(), i + 1, n, &place);
@@ -330,7 +348,7 @@ class Zipper {
                     const T* at[kPanel];
                     for (int64_t q = 0; q < kPanel; ++q) at[q] = from[q] + k;
                     for (int64_t q = 0; q < kPanel; q += 8) {
-                        transpose_8(at + q, min64(kLines, end - k), lines + q, kPanel);
+                        transpose_8(at + q, 0, min64(kLines, end - k), lines + q, kPanel);
                     }
                 }
             }
@@ -362,13 +380,10 @@ class Zipper {
     // is recorded of a row is exact, or a bound if stale.
     void changed(int64_t from, int64_t to, int64_t i, int64_t j, const T* entries) {
         const Place at_i = static_cast<Place>(i), at_j = static_cast<Place>(j);
-        if (to - from == kGroup) {  // mostly nothing is to be done for any of them
-            Place any = 0;
-            for (int64_t k = from; k < from + kGroup; ++k) {
-                any |= (gone[k] == 0) & ((entries[k] >= best[k]) | (partner[k] == at_i) | (partner[k] == at_j));
-            }
-            if (any == 0) return;
-        }
+        Place any = 0;  // mostly nothing is to be done for any of them
+        for (int64_t k = from; k < to; ++k)
+            any |= (gone[k] == 0) & ((entries[k] >= best[k]) | (partner[k] == at_i) | (partner[k] == at_j));
+        if (any == 0) return;
         T top = highest[from / kGroup];
         for (int64_t k = from; k < to; ++k) {
             if (gone[k] != 0) continue;

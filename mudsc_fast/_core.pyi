@@ -142,7 +142,7 @@ class NetworkLayout:
     def __init__(
         self,
         models: int,
-        spaces: list[tuple[int, int, bool, bool]],
+        spaces: list[tuple[int, int, bool, bool, list[int]]],
         maps: list[Any],
         terms: list[list[Any]],
         tensors: list[tuple[str, tuple[int, int, int, int, int], int, int]],
@@ -160,6 +160,8 @@ class Network:
         activations: list[CovarianceBuffers | None],
     ) -> None: ...
     def set_labels(self, space: int, labels: Tensor | None, merged: int) -> None: ...
-    def visit(self, tie: list[int], balance: float, threads: int) -> list[tuple[bytearray, float]] | None: ...
+    def visit(
+        self, ties: list[list[int]], balance: float, threads: int, milliseconds: int
+    ) -> list[list[tuple[bytearray | None, float]]]: ...
     def merge(self, shares: list[float], which: list[int], outs: list[int], threads: int) -> list[int]: ...
     def bounded(self) -> tuple[int, int]: ...  # visits for which upper bounds were enough, and were not

@@ -208,15 +208,18 @@ class _Descent:
         seen = self.matcher.activations
         ties = list({_names(tie): tie for tie in self._tie_of.values()}.values())
         ties = [tie for tie in ties if any(space.name in seen for space in tie)]
+        tapped = {_names(tie): tuple(space for space in tie if space.name in seen) for tie in ties}
         with bar("matching activations", len(ties), progress) as steps:
+            if self.world is None:
+                self._visits(list(tapped.values()), 0.0, lambda tie: self._rematch(tie, {}, 0.0), steps)
+                return
 
             def match_one(tie: tuple[Space, ...]) -> list[Match]:
                 steps.advance()
-                return self._rematch([space for space in tie if space.name in seen], {}, 0.0)
+                return self._rematch(tapped[_names(tie)], {}, 0.0)
 
-            for tie, matches in self._shared(ties, match_one):
-                tapped = [space.name for space in tie if space.name in seen]
-                self.current.update(zip(tapped, matches, strict=True))
+            for tie, matches in self._shared(self.world, ties, match_one):
+                self._take(tapped[_names(tie)], matches)
 
     def sweeps(self, seed: int, max_sweeps: int, patience: int, progress: Progress) -> list[float]:
         """Sweep until the mean value stops rising; the best matches stay in `current`."""
@@ -244,29 +247,53 @@ class _Descent:
     def _sweep(self, order: Sequence[Space], steps: Bar) -> bool:
         changed = False
         visits = [self._tie_of[space.name] for space in order]
-        # One after another, or, among several processes, as many at once as give the same result.
-        at_once = [[k] for k in range(len(visits))]
-        if self.world is not None:
-            at_once = levels([_names(tie) for tie in visits], self._near_ties())
-        for level in at_once:
-            for tie, matches in self._shared([visits[k] for k in level], self._visit, self.matcher.together):
-                for member, found in zip(tie, matches, strict=True):
-                    before = self.current.get(member.name)
-                    changed = changed or before is None or not torch.equal(before.labels, found.labels)
-                    self.current[member.name] = found
+        if self.world is None:
+            return self._visits(visits, self.matcher.balance, self._visit, steps)
+        # Among several processes, as many at once as give the same result.
+        for level in levels([_names(tie) for tie in visits], self._near_ties()):
+            at_once = [visits[k] for k in level]
+            for tie, matches in self._shared(self.world, at_once, self._visit, self.matcher.together):
+                changed |= self._take(tie, matches)
                 steps.advance()
+        return changed
+
+    def _visits(
+        self,
+        ties: Sequence[tuple[Space, ...]],
+        balance: float,
+        one: Callable[[tuple[Space, ...]], list[Match]],
+        steps: Bar,
+    ) -> bool:
+        """The ties matched one after another, many at a call, by `one` what that cannot do; whether labels changed."""
+        changed = False
+        while ties:
+            made = self.matcher.rematch_many(ties, self.current, balance) or [one(ties[0])]
+            for tie, matches in zip(ties, made, strict=False):
+                changed |= self._take(tie, matches)
+                steps.advance()
+            ties = ties[len(made) :]
+        return changed
+
+    def _take(self, tie: tuple[Space, ...], matches: Sequence[Match]) -> bool:
+        """Makes these the current matches; whether labels changed."""
+        changed = False
+        for member, found in zip(tie, matches, strict=True):
+            before = self.current.get(member.name)
+            same = before is not None and (
+                before.labels is found.labels or bool(torch.equal(before.labels, found.labels))
+            )
+            changed |= not same
+            self.current[member.name] = found
         return changed
 
     def _shared(
         self,
+        world: World,
         ties: Sequence[tuple[Space, ...]],
         work: Callable[[tuple[Space, ...]], list[Match]],
         together: frozenset[str] = frozenset(),
     ) -> list[tuple[tuple[Space, ...], list[Match]]]:
-        """Each tie with its new matches; several processes do their own ones and hear of the others'."""
-        world = self.world
-        if world is None:
-            return [(tie, work(tie)) for tie in ties]
+        """Each tie with its new matches; processes do their own ones and hear of the others'."""
         found: dict[int, list[Match]] = {}
         apart = [k for k, tie in enumerate(ties) if not together & set(_names(tie))]
         for k in sorted(set(range(len(ties))) - set(apart)):

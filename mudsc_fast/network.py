@@ -1,8 +1,8 @@
-"""A whole network on the CPU, said to the kernels once: then a visit of the sweeps is one call, and so is a merge.
+"""A whole network on the CPU, said to the kernels once: then a sweep is one call, and so is a merge.
 
 A small network is matched in less time than Python takes to find its axes and make its views. So these are resolved
 into integers (which tensor, which dims, which factors), kept with the spec for tensors of the same shapes and strides,
-and a match only adds pointers. Labels of neighbours, similarities, assignments and zips are then one call a visit
+and a match only adds pointers. Labels of neighbours, similarities, assignments and zips are then one call a sweep
 (csrc/cpu/network.h), with the results of ``rematch``, which does the same for everything that this file leaves out:
 tensors that are read on demand or lie on a GPU, spaces that share an axis with a tied one factor by factor.
 """
@@ -38,40 +38,42 @@ class Network:
         self,
         core: _core.Network,
         index: Mapping[str, int],
-        near: Mapping[str, tuple[str, ...]],
         models: int,
         keep: Sequence[Any],
     ) -> None:
-        self._core, self._index, self._near, self._models, self._keep = core, index, near, models, keep
-        self._held: dict[str, Tensor] = {}
+        self._core, self._index, self._models, self._keep = core, index, models, keep
+        self._held: dict[str, Tensor | None] = dict.fromkeys(index)  # the labels that it goes by
 
     def visit(
-        self, tie: Sequence[str], current: Mapping[str, Any], balance: float
-    ) -> list[tuple[Tensor, float]] | None:
-        """(labels (models, width), value) of the spaces of a tie; None where the plain way has to be taken.
+        self, ties: Sequence[Sequence[str]], current: Mapping[str, Any], balance: float
+    ) -> list[list[tuple[Tensor, float]]]:
+        """[(labels (models, width), value)] of the spaces of each tie, visited one after another.
 
-        current: {space: a match with `labels` and `width`}; those of the tie's neighbours count.
+        current: {space: a match with `labels` and `width`}, before the first visit. The list ends early after a while,
+        and before a tie that has to be visited the plain way. Labels that stay are the tensor that they were.
         """
         if balance > 0:
-            for name in tie:
-                for other in self._near[name]:
-                    found = current.get(other)
-                    labels = None if found is None else found.labels
-                    if self._held.get(other) is not labels:
-                        self._core.set_labels(self._index[other], labels, 0 if found is None else found.width)
-                        if labels is None:
-                            del self._held[other]
-                        else:
-                            self._held[other] = labels
-        made = self._core.visit([self._index[name] for name in tie], balance, torch.get_num_threads())
-        if made is None:
-            return None
-        result = []
-        for name, (packed, value) in zip(tie, made, strict=True):
-            labels = torch.frombuffer(packed, dtype=torch.int64).view(self._models, -1)
-            self._held[name] = labels
-            result.append((labels, value))
-        return result
+            for name, held in self._held.items():
+                found = current.get(name)
+                labels = None if found is None else found.labels
+                if held is not labels:
+                    self._core.set_labels(self._index[name], labels, 0 if found is None else found.width)
+                    self._held[name] = labels
+        numbers = [[self._index[name] for name in tie] for tie in ties]
+        made = self._core.visit(numbers, balance, torch.get_num_threads(), _AT_A_CALL)
+        return [
+            [(self._labels(name, packed), value) for name, (packed, value) in zip(tie, found, strict=True)]
+            for tie, found in zip(ties, made, strict=False)
+        ]
+
+    def _labels(self, name: str, packed: bytearray | None) -> Tensor:
+        """A space's labels after a visit; packed: None where they are those from before."""
+        held = self._held[name]
+        if packed is None and held is not None:
+            return held
+        labels = torch.frombuffer(packed, dtype=torch.int64).view(self._models, -1)
+        self._held[name] = labels
+        return labels
 
 
 def network_of(
@@ -113,10 +115,11 @@ def network_of(
             spec.resolved.popitem(last=False)
     order = [widths[space.name] for space in spec.spaces]
     core = _core.Network(layout, described[1], zipped, order, attenuation, budget, seen)
-    index = {space.name: k for k, space in enumerate(spec.spaces)}
-    near = {space.name: spec.neighbours(space.name) for space in spec.spaces}
-    return Network(core, index, near, models, (tensors, seen))
+    return Network(core, spec.index, models, (tensors, seen))
 
+
+# Milliseconds after which a call visits no further tie: the bar of a match moves on.
+_AT_A_CALL = 50
 
 # Layouts kept with a spec: one or two kinds of checkpoints are matched with it.
 _KEPT = 6
@@ -145,7 +148,7 @@ class _Maps:
 def _resolve(spec: PermutationSpec, tensors: Sequence[Tensor], models: int) -> _core.NetworkLayout:
     """The integers of a spec for tensors of these shapes, strides and types; tensors: model by model, name by name."""
     at = {name: k * models for k, name in enumerate(spec.compared)} if tensors else {}
-    maps = _Maps({space.name: k for k, space in enumerate(spec.spaces)})
+    maps = _Maps(spec.index)
     spaces, terms = [], []
     for space in spec.spaces:
         own = []
@@ -160,7 +163,8 @@ def _resolve(spec: PermutationSpec, tensors: Sequence[Tensor], models: int) -> _
                 supported = False
                 break
             own.append(term)
-        spaces.append((space.width, space.blocks, space.within == "fixed", supported))
+        near = [spec.index[other] for other in spec.neighbours(space.name)]
+        spaces.append((space.width, space.blocks, space.within == "fixed", supported, near))
         terms.append(own if supported else [])
     return _core.NetworkLayout(models, spaces, maps.made, terms, [])
 
@@ -303,7 +307,7 @@ def _resolve_merge(
     spec: PermutationSpec, tensors: Mapping[str, Sequence[Tensor]], models: int
 ) -> tuple[_core.NetworkLayout, dict[str, int]]:
     """The integers of a merge, and the tensors in it: those on which at most two single dims are relabelled."""
-    maps = _Maps({space.name: k for k, space in enumerate(spec.spaces)})
+    maps = _Maps(spec.index)
     made: list[tuple[str, tuple[int, int, int, int, int], int, int]] = []
     index: dict[str, int] = {}
     for name, each in tensors.items():
@@ -326,7 +330,7 @@ def _resolve_merge(
             first, second = numbers[0], -1
         index[name] = len(made)
         made.append((_FLOATS[each[0].dtype], sizes, first, second))
-    spaces = [(space.width, space.blocks, space.within == "fixed", False) for space in spec.spaces]
+    spaces: list[Any] = [(space.width, space.blocks, space.within == "fixed", False, []) for space in spec.spaces]
     return _core.NetworkLayout(models, spaces, maps.made, [[] for _ in spaces], made), index
 
 

@@ -79,10 +79,10 @@ class Matcher:
     def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
         """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
         balance = self.balance if balance is None else balance
-        if self.network is not None and not any(space.name in self.together for space in tie):
-            made = self.network.visit([space.name for space in tie], current, balance)
-            if made is not None:
-                return [Match(labels, value) for labels, value in made]
+        if not any(space.name in self.together for space in tie):
+            made = self.rematch_many([tie], current, balance)
+            if made:
+                return made[0]
         step = None if self.work is None else self.work.step_of(tie[0].name)
         if step is not None and step.way == "tiled" and self.weights is not None:
             return [self._zipped_on_lists(tie[0], current, self.weights, step.piece)]
@@ -96,6 +96,15 @@ class Matcher:
         if self.method == "align":
             return [self._assigned(tie[0], similarities[0])]
         return [self._zipped(tie[0], similarities[0], None)]
+
+    def rematch_many(
+        self, ties: Sequence[Sequence[Space]], current: Mapping[str, Match], balance: float
+    ) -> list[list[Match]]:
+        """The first of these ties matched anew, one after another, as far as one call does it: perhaps none."""
+        if self.network is None:
+            return []
+        made = self.network.visit([[space.name for space in tie] for tie in ties], current, balance)
+        return [[Match(labels, value) for labels, value in tie] for tie in made]
 
     def unmatched(self, space: Space, current: Mapping[str, Match]) -> Tensor:
         """(models, width) labels of a space without anything to compare: units stay, blocks follow the tie."""

@@ -263,6 +263,11 @@ class PermutationSpec:
         return {s.name: s for s in self.spaces}
 
     @cached_property
+    def index(self) -> dict[str, int]:
+        """{space: its place in spec order}."""
+        return {s.name: k for k, s in enumerate(self.spaces)}
+
+    @cached_property
     def entries(self) -> dict[str, tuple[layout.Entry, ...]]:
         """{tensor: its (space, axis) pairs, in spec order}."""
         found: dict[str, list[layout.Entry]] = defaultdict(list)

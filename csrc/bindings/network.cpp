@@ -12,7 +12,7 @@ namespace mudsc::bindings {
 
 namespace {
 
-using SpaceTuple = std::tuple<int64_t, int64_t, bool, bool>;
+using SpaceTuple = std::tuple<int64_t, int64_t, bool, bool, std::vector<int>>;
 using MemberTuple = std::tuple<int, std::vector<int>, std::vector<int>>;
 using PieceTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>, std::vector<MemberTuple>>;
 using MapTuple = std::tuple<int64_t, bool, std::vector<PieceTuple>>;
@@ -94,9 +94,11 @@ std::shared_ptr<NetworkLayout> make_layout(int64_t models, const std::vector<Spa
     require(models > 1 && models <= kMaxModels && terms.size() == spaces.size(), "network: sizes out of range");
     auto layout = std::make_shared<NetworkLayout>();
     layout->models = models;
-    for (const auto& [width, blocks, fixed, supported] : spaces) {
+    for (const auto& [width, blocks, fixed, supported, near] : spaces) {
         require(width > 0 && blocks > 0 && width % blocks == 0, "spaces: blocks must divide the width");
-        layout->spaces.push_back({width, blocks, fixed, supported});
+        for (int space : near)
+            require(space >= 0 && space < static_cast<int>(spaces.size()), "spaces: no such neighbour");
+        layout->spaces.push_back({width, blocks, fixed, supported, near});
     }
     for (const MapTuple& map : maps) layout->maps.push_back(checked_map(map, layout->spaces));
     for (size_t s = 0; s < terms.size(); ++s) {
@@ -155,29 +157,41 @@ void set_labels(Network& network, int space, const std::optional<py::object>& la
     network.set_labels(space, flat_of<int64_t>(labels, Dtype::i64, count, "labels"), merged);
 }
 
-// [(labels as bytes, value)] of the tie's spaces, or None where the plain way has to be taken: for what this one cannot
-// follow, and for the errors that it makes.
-py::object visit(Network& network, const std::vector<int>& tie, double balance, int threads) {
+// For each tie that was visited [(labels as bytes, or None where they are as before, value)] of its spaces. Fewer than
+// all where time was over, or where the plain way has to be taken for the next one: for what this one cannot follow,
+// and for the errors that it makes.
+py::list visit(Network& network, const std::vector<std::vector<int>>& ties, double balance, int threads,
+               int64_t milliseconds) {
     const int spaces = static_cast<int>(network.layout().spaces.size());
-    require(!tie.empty(), "tie: expected at least one space");
-    for (int space : tie) {
-        require(space >= 0 && space < spaces &&
-                    network.layout().spaces[static_cast<size_t>(space)].blocks ==
-                        network.layout().spaces[static_cast<size_t>(tie[0])].blocks,
-                "tie: no such space, or another number of blocks");
+    for (const std::vector<int>& tie : ties) {
+        require(!tie.empty(), "ties: expected at least one space in each");
+        for (int space : tie) {
+            require(space >= 0 && space < spaces &&
+                        network.layout().spaces[static_cast<size_t>(space)].blocks ==
+                            network.layout().spaces[static_cast<size_t>(tie[0])].blocks,
+                    "ties: no such space, or another number of blocks");
+        }
     }
     SignalPoll signals;
-    std::vector<NetworkMatch> found;
-    const Status status = signals.outcome(without_gil(
-        [&](const KernelTable& table) { return network.visit(table, tie, balance, threads, signals.poll(), found); }));
+    std::vector<std::vector<NetworkMatch>> found;
+    const Status status = signals.outcome(without_gil([&](const KernelTable& table) {
+        return network.visit(table, ties, balance, threads, milliseconds, signals.poll(), found);
+    }));
     if (status == Status::interrupted || status == Status::no_memory) check(status, "match");
-    if (status != Status::ok) return py::none();
-    py::list result;
-    for (const NetworkMatch& match : found) {
-        const char* bytes = reinterpret_cast<const char*>(match.labels.data());
-        result.append(py::make_tuple(py::bytearray(bytes, match.labels.size() * sizeof(int64_t)), match.value));
+    py::list result(found.size());
+    for (size_t t = 0; t < found.size(); ++t) {
+        py::list matches(found[t].size());
+        for (size_t k = 0; k < found[t].size(); ++k) {
+            const NetworkMatch& match = found[t][k];
+            py::object labels = py::none();
+            if (match.changed)
+                labels = py::bytearray(reinterpret_cast<const char*>(match.labels.data()),
+                                       match.labels.size() * sizeof(int64_t));
+            matches[k] = py::make_tuple(std::move(labels), match.value);
+        }
+        result[t] = std::move(matches);
     }
-    return std::move(result);
+    return result;
 }
 
 // Writes merged tensors; 0 where one is done, 1 where it is not finite, 2 where the plain way has to be taken.
@@ -283,7 +297,7 @@ void bind_network(py::module_& m) {
         .def(py::init(&make_network), py::arg("layout"), py::arg("data"), py::arg("zip"), py::arg("widths"),
              py::arg("attenuation"), py::arg("budget"), py::arg("activations"))
         .def("set_labels", &set_labels, py::arg("space"), py::arg("labels"), py::arg("merged"))
-        .def("visit", &visit, py::arg("tie"), py::arg("balance"), py::arg("threads"))
+        .def("visit", &visit, py::arg("ties"), py::arg("balance"), py::arg("threads"), py::arg("milliseconds"))
         .def("merge", &merge, py::arg("shares"), py::arg("which"), py::arg("outs"), py::arg("threads"))
         .def("bounded", &Network::bounded);
 }

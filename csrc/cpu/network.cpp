@@ -14,21 +14,23 @@ Network::Network(std::shared_ptr<const NetworkLayout> layout, std::vector<const 
       states_(layout_->spaces.size()),
       mapped_(layout_->maps.size()),
       duals_(layout_->spaces.size()),
-      needs_all_(layout_->spaces.size(), 0) {}
+      needs_all_(layout_->spaces.size(), 0),
+      visited_(layout_->spaces.size()) {}
 
 bool Network::aligned(int space) const { return !options_.zip || layout_->spaces[static_cast<size_t>(space)].fixed; }
 
 void Network::set_labels(int space, const int64_t* labels, int64_t merged) {
     const NetworkSpace& about = layout_->spaces[static_cast<size_t>(space)];
     State& state = states_[static_cast<size_t>(space)];
+    std::vector<int64_t> given;
+    if (labels != nullptr) given.assign(labels, labels + layout_->models * about.width);
+    if (given == state.labels && merged == state.merged) return;
     state.version = next_version_++;
     state.merged = merged;
+    state.labels.swap(given);
+    state.digest = digest_of(state.labels);
     state.blocks.clear();
-    if (labels == nullptr) {
-        state.labels.clear();
-        return;
-    }
-    state.labels.assign(labels, labels + layout_->models * about.width);
+    if (state.labels.empty()) return;
     state.keeps_blocks = merged > 0 && merged % about.blocks == 0;
     for (int64_t label : state.labels) state.keeps_blocks &= label >= 0 && label < merged;
     if (!state.keeps_blocks) return;
@@ -39,6 +41,20 @@ void Network::set_labels(int space, const int64_t* labels, int64_t merged) {
             state.keeps_blocks &= state.labels[static_cast<size_t>(b * each + i)] / inner == goes_to;
         state.blocks.push_back(goes_to);
     }
+}
+
+// Sixteen bytes that tell labels apart. Each number goes through a product and a shift in two ways.
+Network::Digest Network::digest_of(const std::vector<int64_t>& labels) {
+    if (labels.empty()) return {};
+    uint64_t a = labels.size(), b = ~a;
+    for (const int64_t label : labels) {
+        const auto x = static_cast<uint64_t>(label);
+        a = (a ^ x) * 0x9e3779b97f4a7c15u;
+        a ^= a >> 32;
+        b = (b ^ x) * 0xd1342543de82ef95u;
+        b ^= b >> 29;
+    }
+    return {a, b};
 }
 
 const Network::Mapped& Network::mapped(int map) {

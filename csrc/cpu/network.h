@@ -1,10 +1,11 @@
-// A network's spaces and tensors as integers, and one visit of its match (docs/method.md rules 2 to 7) as one call:
+// A network's spaces and tensors as integers, and the visits of its match (docs/method.md rules 2 to 7), many at a call:
 // neighbours' labels, similarities, and the assignment or zip that they give. A small network is matched in less time
 // than Python takes to say what its tensors are, so this is said once.
 #pragma once
 
 #include <stdint.h>
 
+#include <array>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -17,6 +18,7 @@ struct NetworkSpace {
     int64_t width, blocks;
     bool fixed;      // only whole blocks move
     bool supported;  // whether `terms` say all that is compared
+    std::vector<int> near;  // spaces whose labels its weights are seen in
 };
 
 // One space on a piece of an axis: the common factors that hold its blocks and, in unit order, its units.
@@ -77,6 +79,7 @@ struct NetworkOptions {
 struct NetworkMatch {
     std::vector<int64_t> labels;  // [models, width]
     double value;
+    bool changed = false;  // other labels than before the visit
 };
 
 class Network {
@@ -86,10 +89,13 @@ class Network {
     // labels: [models, width], or null: not matched yet.
     void set_labels(int space, const int64_t* labels, int64_t merged);
 
-    // Matches the spaces of a tie anew and takes over their labels. Anything but `ok` leaves the labels as they were;
-    // `unsupported` also means labels that this class does not know how to follow.
-    Status visit(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
-                 std::vector<NetworkMatch>& found);
+    // Matches the spaces of each tie anew, one tie after another, and takes over their labels, until all are done or
+    // `milliseconds` are over. found: the matches of the ties that were visited. Anything but `ok` is that of the first
+    // tie that was not, whose labels are as they were; `unsupported` also means labels that this class does not know
+    // how to follow. With a balance above 0, always the same one, a tie whose neighbours have the labels of an earlier
+    // visit is not matched a second time.
+    Status visit(const KernelTable& table, const std::vector<std::vector<int>>& ties, double balance, int threads,
+                 int64_t milliseconds, Poll poll, std::vector<std::vector<NetworkMatch>>& found);
 
     // Merges the tensors `which` into `outs` (docs/method.md rule 9), as large as these: ok, not_finite, or unsupported
     // where labels change a width or cannot be followed.
@@ -102,9 +108,11 @@ class Network {
     std::pair<int64_t, int64_t> bounded() const { return bounded_; }
 
   private:
+    using Digest = std::array<uint64_t, 2>;
     struct State {
         std::vector<int64_t> labels;  // empty: not matched
         std::vector<int64_t> blocks;  // [models, blocks] of merged blocks
+        Digest digest{};              // of the labels; zeros where there are none
         int64_t merged = 0, version = 0;
         bool keeps_blocks = true;
     };
@@ -118,6 +126,11 @@ class Network {
         std::vector<int64_t> ptr, members;  // [models, size + 1], [models, positions]
         std::vector<uint8_t> single;        // [models] one member each
         bool several = false;               // some model has not
+    };
+    // What a tie's match was with these labels of its neighbours.
+    struct Visited {
+        std::vector<Digest> near;
+        std::vector<NetworkMatch> found;
     };
     // A similarity and where it lies: cross [models - 1][n][n], or full.
     struct Similar {
@@ -138,6 +151,9 @@ class Network {
                       Poll poll, Arena& arena, Similar& result);
     bool worth_bounds(int space, double balance) const;
     bool joins_inside(int space, const std::vector<int64_t>& labels) const;
+    static Digest digest_of(const std::vector<int64_t>& labels);
+    Status visit_tie(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
+                     std::vector<NetworkMatch>& found);
     Status visit_once(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
                       std::vector<NetworkMatch>& found, bool* again);
     Status assign_whole(const KernelTable& table, int space, const Similar& s, int threads, Poll poll,
@@ -155,6 +171,7 @@ class Network {
     std::vector<Mapped> mapped_;
     std::vector<std::vector<double>> duals_;  // [spaces] of the last assignment: [models - 1, 2, width]
     std::vector<char> needs_all_;             // [spaces] a zip by upper bounds was not the zip
+    std::vector<std::vector<Visited>> visited_;  // [spaces] by the first space of a tie, the last one that was of use last
     std::vector<std::shared_ptr<Arena>> arenas_;
     std::pair<int64_t, int64_t> bounded_{0, 0};
     int64_t next_version_ = 1;

@@ -2,6 +2,7 @@
 #include "cpu/network.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -332,17 +333,57 @@ bool Network::joins_inside(int space, const std::vector<int64_t>& labels) const 
     return false;
 }
 
-Status Network::visit(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
-                      std::vector<NetworkMatch>& found) {
+Status Network::visit(const KernelTable& table, const std::vector<std::vector<int>>& ties, double balance, int threads,
+                      int64_t milliseconds, Poll poll, std::vector<std::vector<NetworkMatch>>& found) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(milliseconds);
+    for (const std::vector<int>& tie : ties) {
+        std::vector<NetworkMatch> matches;
+        const Status status = visit_tie(table, tie, balance, threads, poll, matches);
+        if (status != Status::ok) return status;
+        for (size_t k = 0; k < tie.size(); ++k) {
+            const auto space = static_cast<size_t>(tie[k]);
+            matches[k].changed = matches[k].labels != states_[space].labels;
+            if (!matches[k].changed) continue;
+            const int64_t width = layout_->spaces[space].width;
+            set_labels(tie[k], matches[k].labels.data(), aligned(tie[k]) ? width : options_.widths[space]);
+        }
+        found.push_back(std::move(matches));
+        if (std::chrono::steady_clock::now() >= end) break;
+    }
+    return Status::ok;
+}
+
+namespace {
+
+// Matches that are kept of a tie. After a sweep that did not help, the labels go back to the best ones, and the sweeps
+// of a settling match meet few different neighbours.
+constexpr size_t kRemembered = 4;
+
+}  // namespace
+
+Status Network::visit_tie(const KernelTable& table, const std::vector<int>& tie, double balance, int threads, Poll poll,
+                          std::vector<NetworkMatch>& found) {
+    std::vector<Visited>& known = visited_[static_cast<size_t>(tie[0])];
+    std::vector<Digest> near;
+    if (balance > 0) {
+        for (const int space : tie) {
+            for (const int other : layout_->spaces[static_cast<size_t>(space)].near)
+                near.push_back(states_[static_cast<size_t>(other)].digest);
+        }
+        for (size_t k = 0; k < known.size(); ++k) {
+            if (known[k].near != near) continue;
+            std::rotate(known.begin() + static_cast<std::ptrdiff_t>(k),
+                        known.begin() + static_cast<std::ptrdiff_t>(k) + 1, known.end());
+            found = known.back().found;
+            return Status::ok;
+        }
+    }
     bool again = false;
     Status status = visit_once(table, tie, balance, threads, poll, found, &again);
     if (again) status = visit_once(table, tie, balance, threads, poll, found, &again);
-    if (status != Status::ok) return status;
-    for (size_t k = 0; k < tie.size(); ++k) {
-        const int64_t width = layout_->spaces[static_cast<size_t>(tie[k])].width;
-        set_labels(tie[k], found[k].labels.data(),
-                   aligned(tie[k]) ? width : options_.widths[static_cast<size_t>(tie[k])]);
-    }
+    if (status != Status::ok || balance <= 0) return status;
+    if (known.size() == kRemembered) known.erase(known.begin());
+    known.push_back({std::move(near), found});
     return Status::ok;
 }
 

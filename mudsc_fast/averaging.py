@@ -86,7 +86,9 @@ def merge_all(
     weights = Weights(state_dicts, spec, whole=True)
     ready = None if leaders else merging_of(spec, labels, widths, weights.state_dicts, shares)
     made = (ready.take_all() if ready is not None else None) or {}
-    left = {name for name in weights.names if name not in made}
+    if len(made) == len(weights.names):
+        return made
+    left = set(weights.names) - made.keys()
     pieces = _pieces(spec, labels, widths, weights, shares, None, left, leaders, None)
     made |= {piece.name: piece.tensor for piece in pieces}
     return {name: made[name] for name in weights.names}

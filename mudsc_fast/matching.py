@@ -183,15 +183,7 @@ class _Descent:
         self.world = world
         self.current: dict[str, Match] = {}
         self.by_sweep: dict[str, list[float]] = {}  # each space's value after every sweep
-        spaces = matcher.spec.spaces
-        self._tie_of = {
-            space.name: tuple(s for s in spaces if s is space or (space.tie is not None and s.tie == space.tie))
-            for space in spaces
-        }
-        self._near = {
-            space.name: sorted({near for s in self._tie_of[space.name] for near in matcher.spec.neighbours(s.name)})
-            for space in spaces
-        }
+        self._tie_of = matcher.spec.tied
         self._owners: dict[tuple[str, ...], int] = {}
         if world is not None:
             costs = {_names(tie): float(sum(s.width**2 * len(s.axes) for s in tie)) for tie in self._tie_of.values()}
@@ -229,7 +221,9 @@ class _Descent:
         best, best_value, worse = dict(self.current), -float("inf"), 0
         with bar("matching", None, progress) as steps:
             while len(history) < max_sweeps and worse < patience:
-                changed = self._sweep([spaces[k] for k in torch.randperm(len(spaces), generator=generator)], steps)
+                changed = self._sweep(
+                    [spaces[k] for k in torch.randperm(len(spaces), generator=generator).tolist()], steps
+                )
                 value = sum(self.current[space.name].value for space in spaces) / len(spaces)
                 history.append(value)
                 for space in spaces:
@@ -308,17 +302,21 @@ class _Descent:
     def _near_ties(self) -> dict[tuple[str, ...], set[tuple[str, ...]]]:
         """Which ties are matched by each other's labels; symmetric."""
         found: dict[tuple[str, ...], set[tuple[str, ...]]] = {_names(tie): set() for tie in self._tie_of.values()}
-        for name, near in self._near.items():
-            for other in near:
-                a, b = _names(self._tie_of[name]), _names(self._tie_of[other])
+        for tie in self._tie_of.values():
+            for other in self._near(tie):
+                a, b = _names(tie), _names(self._tie_of[other])
                 found[a].add(b)
                 found[b].add(a)
         return found
 
+    def _near(self, tie: tuple[Space, ...]) -> list[str]:
+        """The spaces whose labels a tie is matched by."""
+        return sorted({near for space in tie for near in self.matcher.spec.neighbours(space.name)})
+
     def _visit(self, tie: tuple[Space, ...]) -> list[Match]:
         """The tie rematched; remembered where its neighbours have the labels of an earlier visit."""
         names = _names(tie)
-        state = tuple(self._digest(near) for near in self._near[names[0]])
+        state = tuple(self._digest(near) for near in self._near(tie))
         seen = self._remembered.setdefault(names, OrderedDict())
         if state in seen:
             seen.move_to_end(state)

@@ -9,8 +9,8 @@ tensors that are read on demand or lie on a GPU, spaces that share an axis with 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Container, Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -212,49 +212,52 @@ class Merging:
     """Merged tensors of models in memory, many at a call, in the order in which they are asked for."""
 
     def __init__(
-        self, core: _core.Network, tensors: Mapping[str, list[Tensor]], index: Mapping[str, int], shares: list[float]
+        self,
+        core: _core.Network,
+        names: Sequence[str],
+        firsts: Sequence[Tensor],
+        shares: list[float],
+        own: Container[str],
     ) -> None:
-        self._core, self._tensors, self._index, self._shares = core, tensors, index, shares
-        self._left = deque(index)
+        self._core, self._names, self._firsts, self._shares, self._own = core, names, firsts, shares, own
+        self._known = set(names)
+        self._done = 0  # names
         self._made: dict[str, tuple[Tensor, bool]] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index
+        return name in self._known
 
     def take(self, name: str) -> tuple[Tensor, bool] | None:
         """The merged tensor and whether it is finite; None where the plain way has to be taken. Once for each name."""
-        while name not in self._made and self._left:
-            self._make_some()
+        while name not in self._made and self._done < len(self._names):
+            self._made.update((each, (out, good)) for each, out, good in self._next())
         return self._made.pop(name, None)
 
     def take_all(self) -> dict[str, Tensor] | None:
         """All that can be merged, where nothing was taken yet; None where something is not finite."""
         made: dict[str, Tensor] = {}
-        while self._left:
-            for name, out, status in self._next():
-                if status == 1:
+        while self._done < len(self._names):
+            for name, out, good in self._next():
+                if not good:
                     return None
-                if status == 0:
-                    made[name] = out
+                made[name] = out
         return made
 
-    def _make_some(self) -> None:
-        self._made.update((name, (out, status == 0)) for name, out, status in self._next() if status < 2)
-
-    def _next(self) -> Iterator[tuple[str, Tensor, int]]:
-        """The next tensors, merged by one call; with each 0: merged, 1: not finite, 2: to be merged the plain way."""
-        names: list[str] = []
+    def _next(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """The next tensors, merged by one call, but for those to be merged the plain way; whether each is finite."""
+        start, size = self._done, 0
         outs: list[Tensor] = []
-        size = 0
-        while self._left and size < _AT_ONCE:
-            name = self._left.popleft()
-            out = torch.empty_like(self._tensors[name][0])
-            names.append(name)
+        while self._done < len(self._names) and size < _AT_ONCE:
+            out = torch.empty_like(self._firsts[self._done])
             outs.append(out)
             size += out.nbytes
-        which, pointers = [self._index[name] for name in names], [out.data_ptr() for out in outs]
-        found = self._core.merge(self._shares, which, pointers, torch.get_num_threads())
-        return zip(names, outs, found, strict=True)
+            self._done += 1
+        pointers = [out.data_ptr() for out in outs]
+        found = self._core.merge(self._shares, start, pointers, torch.get_num_threads())
+        for name, out, status in zip(self._names[start:], outs, found, strict=False):
+            # What no space is on need not be finite: masks hold infinities.
+            if status == 0 or (status == 1 and name in self._own):
+                yield name, out, status == 0
 
 
 # Bytes of merged tensors that are made by one call: a merge holds little beside what it has handed out, and Ctrl-C, of
@@ -275,7 +278,8 @@ def merging_of(
     if any(type(state_dict) not in _IN_MEMORY for state_dict in state_dicts):
         return None
     models = len(state_dicts)
-    names = [name for name in state_dicts[0] if name in spec.entries]
+    first = state_dicts[0]
+    names = [name for name in first if name in spec.entries or _is_floating(first[name])]
     flat = [state_dict[name] for name in names for state_dict in state_dicts]
     described = _core.describe(flat, models)
     if described is None:  # at least one that has to be merged the plain way; the others are not
@@ -285,35 +289,46 @@ def merging_of(
         described = _core.describe(flat, models)
         if described is None:
             return None
-    tensors = {name: flat[k * models : (k + 1) * models] for k, name in enumerate(names)}
     kinds = ("merge", models, tuple(names), described[0])
     known = spec.resolved.get(kinds)
     if known is None:
-        known = spec.resolved[kinds] = _resolve_merge(spec, tensors, models)
+        known = spec.resolved[kinds] = _resolve_merge(spec, dict(zip(names, flat[::models], strict=True)), models)
         while len(spec.resolved) > _KEPT:
             spec.resolved.popitem(last=False)
-    layout, index = known
+    layout, within = known
     pointers = described[1]
-    if len(index) < len(names):
-        pointers = [p for k, name in enumerate(names) if name in index for p in pointers[k * models : (k + 1) * models]]
+    if len(within) < len(names):
+        pointers = [p for k in within for p in pointers[k * models : (k + 1) * models]]
+        names, flat = [names[k] for k in within], [x for k in within for x in flat[k * models : (k + 1) * models]]
     order = [space.width for space in spec.spaces]
     core = _core.Network(layout, pointers, False, order, 0.5, 1.0, [None] * len(order))
     for k, space in enumerate(spec.spaces):
         core.set_labels(k, labels[space.name], space.width)
-    return Merging(core, tensors, index, list(shares))
+    return Merging(core, names, flat[::models], list(shares), spec.entries)
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _resolve_merge(
-    spec: PermutationSpec, tensors: Mapping[str, Sequence[Tensor]], models: int
-) -> tuple[_core.NetworkLayout, dict[str, int]]:
-    """The integers of a merge, and the tensors in it: those on which at most two single dims are relabelled."""
+    spec: PermutationSpec, tensors: Mapping[str, Tensor], models: int
+) -> tuple[_core.NetworkLayout, list[int]]:
+    """The integers of a merge, and which tensors are in it: those on which at most two single dims are relabelled.
+
+    tensors: the first model's.
+    """
     maps = _Maps(spec.index)
     made: list[tuple[str, tuple[int, int, int, int, int], int, int]] = []
-    index: dict[str, int] = {}
-    for name, each in tensors.items():
-        shape = tuple(each[0].shape)
+    within: list[int] = []
+    for k, (name, tensor) in enumerate(tensors.items()):
+        shape = tuple(tensor.shape)
         groups = spec.groups(name, shape)
-        if not 1 <= len(groups) <= 2 or any(len(g.dims) > 1 for g in groups):
+        if len(groups) > 2 or any(len(g.dims) > 1 for g in groups):
+            continue
+        within.append(k)
+        if not groups:
+            made.append((_FLOATS[tensor.dtype], (prod(shape[:-1]), 1, 1, 1, prod(shape[-1:])), -1, -1))
             continue
         places = [g.dims[0] for g in groups]
         numbers = [maps.of(g) for g in groups]
@@ -328,10 +343,9 @@ def _resolve_merge(
         else:
             sizes = prod(shape[: places[0]]), shape[places[0]], 1, 1, inner
             first, second = numbers[0], -1
-        index[name] = len(made)
-        made.append((_FLOATS[each[0].dtype], sizes, first, second))
+        made.append((_FLOATS[tensor.dtype], sizes, first, second))
     spaces: list[Any] = [(space.width, space.blocks, space.within == "fixed", False, []) for space in spec.spaces]
-    return _core.NetworkLayout(models, spaces, maps.made, [[] for _ in spaces], made), index
+    return _core.NetworkLayout(models, spaces, maps.made, [[] for _ in spaces], made), within
 
 
 _SHORT = 16  # elements below which a row is gathered piece by piece instead of being one

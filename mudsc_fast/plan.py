@@ -51,7 +51,11 @@ class MergePlan:
             raise ValueError(f"labels: the spec has no space {sorted(unknown)[0]!r}")
         self.spec = spec
         self.method = method
-        self.labels = {space.name: _checked(space, labels, method) for space in spec.spaces}
+        sizes = _sound(spec, labels, method)
+        self.labels = {
+            space.name: labels[space.name] if size else _checked(space, labels, method)
+            for space, size in zip(spec.spaces, sizes, strict=True)
+        }
         self.values = {name: float(value) for name, value in (values or {}).items()}
         self.history = [float(value) for value in history]
         self.sweeps = {name: [float(value) for value in run] for name, run in (sweeps or {}).items()}
@@ -76,7 +80,10 @@ class MergePlan:
     @property
     def widths(self) -> dict[str, int]:
         """{space: number of merged units}."""
-        return {name: int(labels.max()) + 1 for name, labels in self.labels.items()}
+        sizes = _sound(self.spec, self.labels, self.method)
+        return {
+            name: size or int(labels.max()) + 1 for (name, labels), size in zip(self.labels.items(), sizes, strict=True)
+        }
 
     def __repr__(self) -> str:
         return f"MergePlan({self.method!r}, {len(self.labels)} spaces, {self.models} models)"
@@ -189,6 +196,12 @@ class MergePlan:
             raise ValueError(f"{path}: damaged plan: {error}") from error
 
 
+def _sound(spec: PermutationSpec, labels: Mapping[str, Tensor], method: str) -> list[int]:
+    """Merged units of each space's labels, 0 where they have to be looked at more closely."""
+    rows = [labels.get(space.name) for space in spec.spaces]
+    return _core.sound_labels(rows, [(space.width, space.blocks) for space in spec.spaces], method == "align")
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it: in a file entries may begin at any byte, which compiled code must not be given."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
@@ -225,8 +238,6 @@ def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:
             f"{what}: expected int64 of shape (models >= 2, {space.width}), got {rows.dtype} {tuple(rows.shape)}"
         )
     rows = _aligned(rows.detach().cpu().contiguous())
-    if _core.sound_labels(rows, space.blocks, method == "align"):
-        return rows
     if rows.numel() == 0 or int(rows.min()) < 0:
         raise ValueError(f"{what}: expected merged units counted from 0")
     size = int(rows.max()) + 1

@@ -286,6 +286,12 @@ class PermutationSpec:
         return {tie: tuple(names) for tie, names in found.items()}
 
     @cached_property
+    def tied(self) -> dict[str, tuple[Space, ...]]:
+        """{space: the spaces of its tie, in spec order; itself where it has none}."""
+        ties = {tie: tuple(self[name] for name in names) for tie, names in self.ties.items()}
+        return {s.name: (s,) if s.tie is None else ties[s.tie] for s in self.spaces}
+
+    @cached_property
     def _neighbours(self) -> dict[str, tuple[str, ...]]:
         found: dict[str, set[str]] = {s.name: set() for s in self.spaces}
         for entries in self.entries.values():

@@ -31,14 +31,14 @@ class Weights:
         self._shapes: dict[str, torch.Size] = {}
         self._finite: set[tuple[int, str]] = set()
         self.names = list(self._state_dicts[0])
-        self.in_spec = {axis.tensor for space in spec.spaces for axis in space.axes}
+        self.in_spec = spec.entries.keys()
         every = set(self.names)
         for m, state_dict in enumerate(self._state_dicts):
             # Not `name in state_dict`: a Mapping may answer that by reading the tensor.
             present = set(state_dict)
-            absent = [name for name in sorted(self.in_spec) if name not in present]
-            if absent:
-                raise ValueError(f"state_dicts: model {m} has no tensor {absent[0]!r}, which the spec names")
+            if not self.in_spec <= present:
+                name = sorted(self.in_spec - present)[0]
+                raise ValueError(f"state_dicts: model {m} has no tensor {name!r}, which the spec names")
             if whole and present != every:
                 name = sorted(present ^ every)[0]
                 has, lacks = (m, 0) if name in present else (0, m)

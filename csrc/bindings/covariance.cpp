@@ -14,6 +14,7 @@ void bind_covariance(py::module_& m) {
              py::arg("vectors"), py::arg("raw"), py::arg("counts"))
         .def("update", &CovarianceBuffers::update, py::arg("features"), py::arg("dim"), py::arg("threads"))
         .def("update_plain", &CovarianceBuffers::update_plain, py::arg("features"), py::arg("dim"), py::arg("threads"))
+        .def("counts", &CovarianceBuffers::counts)
         .def("flush", &CovarianceBuffers::flush, py::arg("threads"))
         .def("merge", &CovarianceBuffers::merge, py::arg("other"), py::arg("threads"))
         .def("rebase", &CovarianceBuffers::rebase, py::arg("shift"), py::arg("scale"), py::arg("threads"));

@@ -104,6 +104,8 @@ class CovarianceBuffers {
         run([&](const KernelTable& table) { return table.covariance_rebase(state_, to, by, threads); });
     }
     const CovarianceState& state() const { return state_; }
+    // Samples, and those of them that wait in the panels.
+    std::pair<int64_t, int64_t> counts() const { return {state_.counts[0], state_.counts[1]}; }
 
   private:
     // One tensor a model, all with as many samples, units along dim.

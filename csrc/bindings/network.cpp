@@ -194,13 +194,13 @@ py::list visit(Network& network, const std::vector<std::vector<int>>& ties, doub
     return result;
 }
 
-// Writes merged tensors; 0 where one is done, 1 where it is not finite, 2 where the plain way has to be taken.
-std::vector<int> merge(Network& network, const std::vector<double>& shares, const std::vector<int64_t>& which,
+// Writes the merged tensors from `first` on; 0 where one is done, 1 where it is not finite, 2 where the plain way has to be taken.
+std::vector<int> merge(Network& network, const std::vector<double>& shares, size_t first,
                        const std::vector<uintptr_t>& pointers, int threads) {
     const NetworkLayout& layout = network.layout();
-    require(static_cast<int64_t>(shares.size()) == layout.models && pointers.size() == which.size(),
-            "merge: expected a share a model and an output a tensor");
-    for (int64_t t : which) require(t >= 0 && t < static_cast<int64_t>(layout.tensors.size()), "merge: no such tensor");
+    require(static_cast<int64_t>(shares.size()) == layout.models, "merge: expected a share a model");
+    require(first <= layout.tensors.size() && pointers.size() <= layout.tensors.size() - first,
+            "merge: no such tensor");
     double total = 0;
     for (double share : shares) total += share;
     require(total > 0, "shares: all vanish");
@@ -208,7 +208,7 @@ std::vector<int> merge(Network& network, const std::vector<double>& shares, cons
     for (uintptr_t pointer : pointers) outs.push_back(reinterpret_cast<void*>(pointer));
     std::vector<Status> found;
     without_gil([&](const KernelTable& table) {
-        found = network.merge(table, shares, which, outs, threads);
+        found = network.merge(table, shares, first, outs, threads);
         return Status::ok;
     });
     std::vector<int> result;
@@ -232,7 +232,7 @@ py::object describe(const py::list& tensors, size_t alike) {
         if (!Torch::is_tensor(tensor) || !Torch::is_cpu(tensor) || !Torch::is_strided(tensor) || Torch::is_neg(tensor))
             return py::none();
         if (!Torch::is_float(tensor) || Torch::dim(tensor) > kMaxDims) return py::none();
-        const TensorArg view(tensor, "tensors");
+        const TensorArg view = TensorArg::of_plain(tensor, "tensors");
         const size_t first = kinds.size();
         const auto note = [&](int64_t number) { kinds.append(reinterpret_cast<const char*>(&number), sizeof number); };
         note(static_cast<int64_t>(view->dtype));
@@ -254,13 +254,9 @@ py::object describe(const py::list& tensors, size_t alike) {
     return py::make_tuple(py::bytes(kinds), pointers);
 }
 
-// Merged units of labels (models, width) that keep what a plan promises: every merged unit from 0 on has a member,
-// blocks stay together, and with `align` every row is a permutation, the first one in order. 0 where they do not.
-int64_t sound_labels(const py::object& labels_obj, int64_t blocks, bool align) {
-    TensorArg labels(labels_obj, "labels");
-    require(labels->ndim == 2, "labels: expected a matrix");
-    const int64_t models = labels->shape[0], width = labels->shape[1], count = models * width;
-    const int64_t* label = flat_of<int64_t>(labels, Dtype::i64, count, "labels");
+// Merged units of labels (models, width): see sound_labels.
+int64_t merged_units(const int64_t* label, int64_t models, int64_t width, int64_t blocks, bool align) {
+    const int64_t count = models * width;
     if (count == 0 || blocks < 1 || width % blocks != 0) return 0;
     std::vector<int64_t> members(static_cast<size_t>(count), 0);
     int64_t size = 0;
@@ -285,11 +281,31 @@ int64_t sound_labels(const py::object& labels_obj, int64_t blocks, bool align) {
     return size;
 }
 
+// For each space's labels (models, width) the number of merged units if they keep what a plan promises: they are a
+// plain tensor of two models or more, every merged unit from 0 on has a member, blocks stay together, and with `align`
+// every row is a permutation, the first one in order. 0 where they may not. spaces: (width, blocks) each.
+std::vector<int64_t> sound_labels(const py::list& labels, const std::vector<std::pair<int64_t, int64_t>>& spaces,
+                                  bool align) {
+    require(labels.size() == spaces.size(), "labels: expected one a space");
+    std::vector<int64_t> result(spaces.size(), 0);
+    for (size_t k = 0; k < spaces.size(); ++k) {
+        const py::handle tensor = labels[k];
+        if (!Torch::is_tensor(tensor) || !Torch::is_cpu(tensor) || !Torch::is_strided(tensor)) continue;
+        const TensorArg view(tensor, "labels");
+        const auto [width, blocks] = spaces[k];
+        if (view->dtype != Dtype::i64 || view->ndim != 2 || view->shape[0] < 2 || view->shape[1] != width) continue;
+        const bool plain = view->strides[0] == width && (width == 1 || view->strides[1] == 1);
+        if (!plain || reinterpret_cast<uintptr_t>(view->data) % sizeof(int64_t) != 0) continue;
+        result[k] = merged_units(view->as<int64_t>(), view->shape[0], width, blocks, align);
+    }
+    return result;
+}
+
 }  // namespace
 
 void bind_network(py::module_& m) {
     m.def("describe", &describe, py::arg("tensors"), py::arg("alike"));
-    m.def("sound_labels", &sound_labels, py::arg("labels"), py::arg("blocks"), py::arg("align"));
+    m.def("sound_labels", &sound_labels, py::arg("labels"), py::arg("spaces"), py::arg("align"));
     py::class_<NetworkLayout, std::shared_ptr<NetworkLayout>>(m, "NetworkLayout")
         .def(py::init(&make_layout), py::arg("models"), py::arg("spaces"), py::arg("maps"), py::arg("terms"),
              py::arg("tensors"));
@@ -298,7 +314,7 @@ void bind_network(py::module_& m) {
              py::arg("attenuation"), py::arg("budget"), py::arg("activations"))
         .def("set_labels", &set_labels, py::arg("space"), py::arg("labels"), py::arg("merged"))
         .def("visit", &visit, py::arg("ties"), py::arg("balance"), py::arg("threads"), py::arg("milliseconds"))
-        .def("merge", &merge, py::arg("shares"), py::arg("which"), py::arg("outs"), py::arg("threads"))
+        .def("merge", &merge, py::arg("shares"), py::arg("first"), py::arg("outs"), py::arg("threads"))
         .def("bounded", &Network::bounded);
 }
 

@@ -194,16 +194,16 @@ void Network::find_members(Mapped& goes_to, int64_t positions) const {
     }
 }
 
-std::vector<Status> Network::merge(const KernelTable& table, const std::vector<double>& shares,
-                                   const std::vector<int64_t>& which, const std::vector<void*>& outs, int threads) {
+std::vector<Status> Network::merge(const KernelTable& table, const std::vector<double>& shares, size_t first,
+                                   const std::vector<void*>& outs, int threads) {
     const int64_t models = layout_->models;
     for (size_t k = 0; k < layout_->maps.size(); ++k) {
         mapped(static_cast<int>(k));
         if (mapped_[k].labelled && mapped_[k].usable) find_members(mapped_[k], layout_->maps[k].positions);
     }
     std::vector<Status> found;
-    for (size_t k = 0; k < which.size(); ++k) {
-        const NetworkTensor& tensor = layout_->tensors[static_cast<size_t>(which[k])];
+    for (size_t k = 0; k < outs.size(); ++k) {
+        const NetworkTensor& tensor = layout_->tensors[first + k];
         MergeArgs a{};
         bool usable = true;
         const auto axis = [&](int map, int64_t positions) {
@@ -230,7 +230,7 @@ std::vector<Status> Network::merge(const KernelTable& table, const std::vector<d
         a.outer = tensor.outer;
         a.middle = tensor.middle;
         a.inner = tensor.inner;
-        a.data = data_.data() + which[k] * models;
+        a.data = data_.data() + (first + k) * static_cast<size_t>(models);
         a.shares = shares.data();
         a.out = outs[k];
         a.threads = threads;

@@ -97,10 +97,10 @@ class Network {
     Status visit(const KernelTable& table, const std::vector<std::vector<int>>& ties, double balance, int threads,
                  int64_t milliseconds, Poll poll, std::vector<std::vector<NetworkMatch>>& found);
 
-    // Merges the tensors `which` into `outs` (docs/method.md rule 9), as large as these: ok, not_finite, or unsupported
-    // where labels change a width or cannot be followed.
-    std::vector<Status> merge(const KernelTable& table, const std::vector<double>& shares,
-                              const std::vector<int64_t>& which, const std::vector<void*>& outs, int threads);
+    // Merges the tensors from `first` on into `outs` (docs/method.md rule 9), as large as these: ok, not_finite, or
+    // unsupported where labels change a width or cannot be followed.
+    std::vector<Status> merge(const KernelTable& table, const std::vector<double>& shares, size_t first,
+                              const std::vector<void*>& outs, int threads);
 
     const NetworkLayout& layout() const { return *layout_; }
 

@@ -50,7 +50,13 @@ class CpuCovariance:
     @property
     def count(self) -> int:
         """Samples seen."""
-        return int(self._counts[0])
+        return self._seen()[0]
+
+    def _seen(self) -> tuple[int, int]:
+        """Samples, and those of them that wait in the panels."""
+        if self._buffers is not None:
+            return self._buffers.counts()
+        return int(self._counts[0]), int(self._counts[1])
 
     @property
     def buffers(self) -> _core.CovarianceBuffers:
@@ -79,7 +85,7 @@ class CpuCovariance:
 
     def flush(self) -> None:
         """Multiply the samples that wait in the panels."""
-        if int(self._counts[1]):
+        if self._seen()[1]:
             self.buffers.flush(torch.get_num_threads())
 
     def widen(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from pipeline_cases import ARCHITECTURES
 
 import mudsc_fast as mf
-from mudsc_fast import matching, rematch
+from mudsc_fast import matching, network, rematch
 
 
 class Count:
@@ -113,23 +113,53 @@ def test_duals_of_the_last_visit_start_the_next() -> None:
     assert len(count.warm) > 2
 
 
-def test_independent_spaces_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def networks(monkeypatch: pytest.MonkeyPatch) -> list[network.Network]:
+    """The networks of the matches of a test: their visits are calls of the kernels' code."""
+    made: list[network.Network] = []
+
+    def noted(*arguments: Any) -> network.Network | None:
+        found = network.network_of(*arguments)
+        made.extend([found] if found is not None else [])
+        return found
+
+    monkeypatch.setattr(matching, "network_of", noted)
+    return made
+
+
+def test_independent_spaces_are_visited_once(networks: list[network.Network]) -> None:
     # Two layers that share no tensor: no visit can change another's similarity.
     spec = mf.PermutationSpec(
         tuple(mf.Space(name, 6, (mf.Axis(f"{name}.weight", 0, "out"),)) for name in ("a", "b", "c"))
     )
     torch.manual_seed(0)
     state_dicts = [{f"{name}.weight": torch.randn(6, 9) for name in "abc"} for _ in range(2)]
-    count = Count(monkeypatch)
     for method in ("align", "zip"):
-        count.visits = 0
-        plan = mf.match(state_dicts, spec, None, method)
+        with op_by_op() as patch:
+            count = Count(patch)
+            plain = mf.match(state_dicts, spec, None, method)
         assert count.visits == 3
-        assert len(plan.history) == 2
-        assert plan.history[0] == plan.history[1]
+        quick = mf.match(state_dicts, spec, None, method)
+        assert networks[-1]._core.matched()[0] == 3
+        for plan in (plain, quick):
+            assert len(plan.history) == 2
+            assert plan.history[0] == plan.history[1]
 
 
-def test_what_is_remembered_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_much_is_remembered_in_calls_of_sweeps(networks: list[network.Network]) -> None:
+    for name in ("mlp", "resnet", "vit"):
+        case = ARCHITECTURES[name]
+        state_dicts = [net.state_dict() for net in case.models(2)]
+        for method in ("align", "zip"):
+            with op_by_op() as patch:
+                count = Count(patch)
+                plain = mf.match(state_dicts, case.spec, None, method)
+            quick = mf.match(state_dicts, case.spec, None, method)
+            assert len(quick.history) == len(plain.history) > 1
+            assert networks[-1]._core.matched()[0] == count.visits
+
+
+def test_what_is_remembered_stays_bounded(networks: list[network.Network]) -> None:
     case = ARCHITECTURES["resnet"]
     state_dicts = [net.state_dict() for net in case.models(2)]
     seen: list[matching._Descent] = []
@@ -139,8 +169,11 @@ def test_what_is_remembered_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> No
             super().__init__(*given)
             seen.append(self)
 
-    monkeypatch.setattr(matching, "_Descent", Watched)
+    with op_by_op() as patch:
+        patch.setattr(matching, "_Descent", Watched)
+        mf.match(state_dicts, case.spec, None, "zip")
     plan = mf.match(state_dicts, case.spec, None, "zip")
     assert len(plan.history) > matching._REMEMBERED
+    assert networks[-1]._core.matched()[1] <= matching._REMEMBERED
     kept = [len(states) for states in seen[0]._remembered.values()]
     assert max(kept) <= matching._REMEMBERED

@@ -315,7 +315,8 @@ void bind_network(py::module_& m) {
         .def("set_labels", &set_labels, py::arg("space"), py::arg("labels"), py::arg("merged"))
         .def("visit", &visit, py::arg("ties"), py::arg("balance"), py::arg("threads"), py::arg("milliseconds"))
         .def("merge", &merge, py::arg("shares"), py::arg("first"), py::arg("outs"), py::arg("threads"))
-        .def("bounded", &Network::bounded);
+        .def("bounded", &Network::bounded)
+        .def("matched", &Network::matched);
 }
 
 }  // namespace mudsc::bindings

@@ -107,6 +107,9 @@ class Network {
     // Visits for which upper bounds were enough, and those for which they were not.
     std::pair<int64_t, int64_t> bounded() const { return bounded_; }
 
+    // Visits in which a tie was matched, and the most matches that are remembered of one.
+    std::pair<int64_t, int64_t> matched() const;
+
   private:
     using Digest = std::array<uint64_t, 2>;
     struct State {
@@ -174,6 +177,7 @@ class Network {
     std::vector<std::vector<Visited>> visited_;  // [spaces] by the first space of a tie, the last one that was of use last
     std::vector<std::shared_ptr<Arena>> arenas_;
     std::pair<int64_t, int64_t> bounded_{0, 0};
+    int64_t matched_ = 0;
     int64_t next_version_ = 1;
 };
 

@@ -378,6 +378,7 @@ Status Network::visit_tie(const KernelTable& table, const std::vector<int>& tie,
             return Status::ok;
         }
     }
+    ++matched_;
     bool again = false;
     Status status = visit_once(table, tie, balance, threads, poll, found, &again);
     if (again) status = visit_once(table, tie, balance, threads, poll, found, &again);
@@ -385,6 +386,12 @@ Status Network::visit_tie(const KernelTable& table, const std::vector<int>& tie,
     if (known.size() == kRemembered) known.erase(known.begin());
     known.push_back({std::move(near), found});
     return Status::ok;
+}
+
+std::pair<int64_t, int64_t> Network::matched() const {
+    size_t most = 0;
+    for (const std::vector<Visited>& known : visited_) most = std::max(most, known.size());
+    return {matched_, static_cast<int64_t>(most)};
 }
 
 // again: out: bounds did not tell, so that all entries are needed; they are not bounded a second time.

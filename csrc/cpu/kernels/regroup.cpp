@@ -19,7 +19,7 @@ constexpr int64_t kRowsInCache = 16 << 10;     // rows gathered at once must lea
 constexpr int64_t kTileUnits = 64 << 10;       // of an axis that is regrouped in tiles
 constexpr int64_t kRun = 512;  // elements summed in registers and L1 before they are converted and stored
 
-// Results beyond this would not leave room for their source in the last cache.
+// Results of this size would not leave room for their source in the last cache.
 int64_t cache_bytes() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     return min64(max64(sysconf(_SC_LEVEL3_CACHE_SIZE) / 2, kStreamFromBytes), 2 * kStreamFromBytes);
@@ -382,7 +382,7 @@ Status regroup(const RegroupArgs& a) {
     if (!scale) return Status::no_memory;
     for (int64_t j = 0; a.scale != nullptr && j < l.units; ++j) scale[j] = static_cast<float>(a.scale[j]);
     const Plan plan{a,        l,      at.get(), fits ? near.get() : nullptr, a.scale != nullptr ? scale.get() : nullptr,
-                    in_units, packed, full,     bytes > cache_bytes(),       bytes > kFarBytes};
+                    in_units, packed, full,     bytes >= cache_bytes(),       bytes > kFarBytes};
     if (single) {
         switch (a.element_bytes) {
             case 1: run_best<Mover<uint8_t>>(plan); return Status::ok;

@@ -160,14 +160,21 @@ struct Sum<f16, Bytes> {
     void start_part(const void* in, int k) { part[k] = load(in, 0); }
     void add_part(const void* in, int k) { part[k] = _mm256_add_ps(part[k], load(in, 0)); }
     void exact(void* out, float by) const { exact(out, Halves<float>{by, by}); }
+    // Two parts in one store: the vector is read as one, and stores of halves would keep that waiting.
     void exact(void* out, const Halves<float>& by) const {
-        for (int k = 0; k < kParts; ++k) {
-            const __m256 x = _mm256_mul_ps(part[k], _mm256_set1_ps(k < kParts / 2 ? by.low : by.high));
-            _mm_storeu_si128(static_cast<__m128i*>(out) + k, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+        static_assert(kParts % 2 == 0, "pairs of parts");
+        for (int k = 0; k < kParts; k += 2) {
+            const __m128i x = narrow(part[k], k < kParts / 2 ? by.low : by.high);
+            const __m128i y = narrow(part[k + 1], k + 1 < kParts / 2 ? by.low : by.high);
+            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1);
+            _mm256_storeu_si256(static_cast<__m256i*>(out) + k / 2, both);
         }
     }
 
   private:
+    static __m128i narrow(__m256 x, float by) {
+        return _mm256_cvtps_ph(_mm256_mul_ps(x, _mm256_set1_ps(by)), _MM_FROUND_TO_NEAREST_INT);
+    }
     static __m256 load(const void* in, int k) {
         return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(in) + k));
     }

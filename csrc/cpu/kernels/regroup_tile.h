@@ -63,7 +63,8 @@ struct Vector {
 #if defined(MUDSC_TILES)
 
 constexpr int64_t kVector = 16 * Vector::kLanes;  // bytes of a line
-constexpr int64_t kStage = 512;  // bytes of each output row that are put together before they are stored
+constexpr int64_t kStage = 256;    // bytes of each output row that are put together before they are stored
+constexpr int64_t kForward = 512;  // bytes of each row that are asked for before they are read
 
 // What a row is read in: as much of it as a cache line at once, where there is such a register.
 #if defined(__AVX512BW__)
@@ -166,11 +167,17 @@ inline void spread_block(const Row& row, char* lines) {
     }
 }
 
+// Rows are asked for a little ahead, a line of every row in turn, and not the next tile's while this one is stored: memory
+// is quickest so, and L2 keeps this tile's lines.
 template <typename T>
 void spread(const T* const* rows, int64_t units, char* lines) {
     constexpr int64_t R = kTileRows<T>, size = static_cast<int64_t>(sizeof(T)), bytes = kBlock<T> * size;
     int64_t u = 0;
     for (; u + kBlock<T> <= units; u += kBlock<T>) {
+        if (u * size % kCacheLine == 0) {
+#pragma GCC unroll 32
+            for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + u) + kForward, 0, 2);
+        }
         spread_block<T>([&](int r) { return reinterpret_cast<const char*>(rows[r] + u); }, lines + u * kVector);
     }
     if (u == units) return;
@@ -320,12 +327,15 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
         out[r] = static_cast<T*>(p.a.out) + out_at;
     }
     spread<T>(in, t.in_units, lines);
+    for (int r = 0; r < R; ++r) {
+        for (int64_t b = 0; b < kForward; b += kCacheLine)
+            __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + b, 0, 2);
+    }
     memset(lines + lines_bytes<T>(t.in_units), 0, kCacheLine);  // of units without members
     constexpr int64_t stage_row = kStage + kCacheLine;
     alignas(64) char stage[R * stage_row];
     alignas(64) char sums[in_vector * kVector];
     const int64_t stages = ceil_div(p.l.units, in_stage);
-    const int64_t ahead = ceil_div(ceil_div(t.in_units * size, stages), kCacheLine) * kCacheLine;
     for (int64_t s = 0; s < stages; ++s) {
         const int64_t j = s * in_stage, n = min64(in_stage, p.l.units - j);
         if (!p.stream && s + 1 < stages) {
@@ -334,17 +344,8 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
                 for (int64_t b = 0; b < kStage; b += kCacheLine) __builtin_prefetch(to + b, 1, 2);
             }
         }
-        const bool more = o + R < p.l.outer;
-        int64_t asked = 0;
         for (int64_t k = 0; k < n; k += in_vector) {
             char* to = stage + kCacheLine + k * size;
-            // The next tile's rows, in equal shares and side by side: asked for all at once they keep the loads of
-            // this tile waiting.
-            for (const int64_t due = more ? (k + in_vector) * ahead / in_stage : 0; asked < due; asked += kCacheLine) {
-                const int64_t place = s * ahead + asked;
-#pragma GCC unroll 32
-                for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + place, 0, 2);
-            }
             if constexpr (Worker::kSums) {
                 const int64_t unit = j + k;
                 if (t.pairs[unit / in_vector] != 0) {

@@ -303,7 +303,7 @@ inline void put(char* out, char* stage, int64_t bytes, bool stream, bool first, 
     for (; done + kCacheLine <= bytes; done += kCacheLine) stream_line(out + done, fresh + done);
     if (last) {
         if (done < bytes) memcpy(out + done, fresh + done, static_cast<size_t>(bytes - done));
-    } else {
+    } else if (phase != 0) {
         memcpy(stage, stage + kStage, kCacheLine);
     }
 }

@@ -13,7 +13,7 @@ from mudsc_fast.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from mudsc_fast.plan import MergePlan
-    from mudsc_fast.spec import Space
+    from mudsc_fast.spaces import Space
 
 Width = int | float | Mapping[str, int | float]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from mudsc_fast.layout import Group, Member, Piece, dims_of, rows, split_dim
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import Axis, PermutationSpec, Space
+    from mudsc_fast.spaces import Axis, Space
+    from mudsc_fast.spec import PermutationSpec
 
 __all__ = ["AxisMap", "Columns", "axis_labels", "columns", "rows", "split_blocks", "spread", "take"]
 

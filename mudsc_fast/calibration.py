@@ -18,7 +18,8 @@ from mudsc_fast.progress import Progress, bar
 from mudsc_fast.records import PathLike, read_record, write_record
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Space, Tap
+    from mudsc_fast.spaces import Space, Tap
+    from mudsc_fast.spec import PermutationSpec
 
 KIND = "activation statistics"
 

@@ -14,7 +14,8 @@ from mudsc_fast.spec import shape_of
 
 if TYPE_CHECKING:
     from mudsc_fast.layout import Group
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 
 class _Sum(NamedTuple):

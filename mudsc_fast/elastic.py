@@ -23,7 +23,8 @@ from mudsc_fast.zipping import zip_units
 
 if TYPE_CHECKING:
     from mudsc_fast.covariance import Covariance
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 METHODS = ("select", "zip")
 _STEPS = {"select": 64, "zip": 16}  # widths that are looked at up to a space's own; between them losses are straight

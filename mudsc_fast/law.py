@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 
 def shuffled(count: int, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import Axis, Space, Tap
+    from mudsc_fast.spaces import Axis, Space, Tap
 
 Entry = tuple["Space", "Axis"]
 

@@ -32,7 +32,8 @@ from mudsc_fast.weights import Weights
 from mudsc_fast.workplan import TensorShape, plan_work
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 # Results remembered per tie. After a sweep that did not help, the labels go back to the best ones, and the sweeps of a
 # settling match revisit few states; each entry is only the labels of one tie.

@@ -24,7 +24,8 @@ from mudsc_fast.layout import Group, dims_of
 
 if TYPE_CHECKING:
     from mudsc_fast.covariance import Covariance
-    from mudsc_fast.spec import Axis, PermutationSpec, Space
+    from mudsc_fast.spaces import Axis, Space
+    from mudsc_fast.spec import PermutationSpec
 
 # Types whose tensors are in memory already; any other mapping may read them when asked.
 _IN_MEMORY = (dict, OrderedDict)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast.axes import rows
-from mudsc_fast.spec import Axis, Tap
+from mudsc_fast.spaces import Axis, Tap
 
 # What may be done inside a block of units: any orthogonal map; one that keeps the vector of ones, and so the mean over
 # the units, which a layer norm takes away; or turns of the planes that a rotary embedding turns, units i and i + n / 2

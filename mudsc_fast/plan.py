@@ -14,7 +14,7 @@ from mudsc_fast.records import PathLike, read_record, write_record
 from mudsc_fast.spec import PermutationSpec
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import Space
+    from mudsc_fast.spaces import Space
 
 METHODS = ("align", "zip", "select")
 _KIND = "merge plan"

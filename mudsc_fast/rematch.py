@@ -28,7 +28,8 @@ from mudsc_fast.workplan import WorkPlan
 from mudsc_fast.zipping import unions_of, zip_units
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 
 _PIECE = 2**28  # bytes of rows read at once, where no plan of work says another number

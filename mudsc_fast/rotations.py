@@ -22,7 +22,8 @@ from mudsc_fast.layout import factors_at
 from mudsc_fast.moments import joint_covariance
 from mudsc_fast.orthogonal import Map, crossed_weights, nearest, rotate_
 from mudsc_fast.progress import Progress, bar
-from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 from mudsc_fast.streams import find_streams
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from mudsc_fast.wide_statistics import Band, Sums, bands
 from mudsc_fast.workplan import MARGIN, accumulator_bytes, in_words, resident_bytes
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 # Statistics are copied in pieces of about as many bytes.
 _SLAB = 1 << 26

@@ -24,7 +24,8 @@ from mudsc_fast.weights import Weights
 _BLOCK = 512
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import Axis, PermutationSpec, Space
+    from mudsc_fast.spaces import Axis, Space
+    from mudsc_fast.spec import PermutationSpec
 
 
 def streamed_similarity(

@@ -13,10 +13,11 @@ from mudsc_fast.batches import evaluation, feed, home
 from mudsc_fast.hooks import first_tensor
 from mudsc_fast.layout import dims_of
 from mudsc_fast.orthogonal import Map
-from mudsc_fast.spec import Axis, Tap
+from mudsc_fast.spaces import Axis, Tap
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 
 @dataclass(frozen=True)

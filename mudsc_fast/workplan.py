@@ -28,7 +28,8 @@ from mudsc_fast.tiled_zip import PAIR_BYTES, TILE_ROWS
 from mudsc_fast.wide_statistics import PRODUCT_BYTES
 
 if TYPE_CHECKING:
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 MIB = 2**20
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu_
 
-from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 
 CHANNELS, HEADS, HEAD_DIM, KV, GROUP = 5, 4, 3, 2, 3
 

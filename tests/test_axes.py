@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mudsc_fast.axes import Columns, axis_labels, columns, rows, split_blocks, take
 from mudsc_fast.reference.weights import row_matrices
-from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 
 D, KV, GROUP, HD, EXPERTS, HIDDEN = 12, 3, 2, 4, 3, 5
 

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments",
         "selection", "tiles", "tiled_assignment",
     ),
-    ("layout", "axes", "law", "orthogonal", "spec", "tracing"),
+    ("layout", "axes", "law", "orthogonal", "spaces", "spec", "tracing"),
     ("specs",),
     (
         "agreeing", "best", "counts", "elastic", "installing", "leading", "partial", "repairs", "resizing", "searching",

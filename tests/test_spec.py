@@ -18,7 +18,8 @@ from networks import MLP, ResNet, ViT, randomise_norms
 from torch import Tensor, nn
 
 from mudsc_fast import specs
-from mudsc_fast.spec import Axis, Frozen, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Frozen, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 
 W, B, V = Axis("fc1.weight", 0, "out"), Axis("fc1.bias", 0, "out"), Axis("fc2.weight", 1, "in")
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from mudsc_fast.axes import rows
 from mudsc_fast.layout import dims_of
-from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 
 # A deep ResNet and a second image size would trace the same rules again.
 COMPARED = list(families.CASES)  # every spec written by hand has its traced twin

@@ -40,7 +40,8 @@ from mudsc_fast.covariance import Covariance
 from mudsc_fast.matching import match
 from mudsc_fast.plan import MergePlan
 from mudsc_fast.progress import bar
-from mudsc_fast.spec import Axis, PermutationSpec, Space
+from mudsc_fast.spaces import Axis, Space
+from mudsc_fast.spec import PermutationSpec
 
 __all__ = [
     "IGNORE_CFG",

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mudsc_fast.spec import Axis, PermutationSpec, Space, shape_of
+from mudsc_fast.spaces import Axis, Space
+from mudsc_fast.spec import PermutationSpec, shape_of
 
 Config = dict[str, Any]
 Entry = list[Any]

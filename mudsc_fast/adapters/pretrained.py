@@ -11,7 +11,8 @@ import torch
 
 from mudsc_fast.checkpoints import Checkpoint, StackedCheckpoint
 from mudsc_fast.checkpoints.stacked import Blocks, blocks_of, scaled
-from mudsc_fast.spec import Axis, PermutationSpec
+from mudsc_fast.spaces import Axis
+from mudsc_fast.spec import PermutationSpec
 from mudsc_fast.specs import spec_for
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from mudsc_fast.checking import Outcome
     from mudsc_fast.cli.specs import AnyCheckpoint
-    from mudsc_fast.spec import PermutationSpec, Space
+    from mudsc_fast.spaces import Space
+    from mudsc_fast.spec import PermutationSpec
 
 
 @click.command(short_help="Show which units of a checkpoint move together.")

@@ -14,12 +14,13 @@ from mudsc_fast.calibration import ActivationStats, calibrate
 from mudsc_fast.moments import joint_covariance
 from mudsc_fast.progress import Progress
 from mudsc_fast.repairs.units import rows_of
-from mudsc_fast.spec import PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Space, Tap
+from mudsc_fast.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from mudsc_fast.covariance import Covariance
     from mudsc_fast.plan import MergePlan
-    from mudsc_fast.spec import Axis
+    from mudsc_fast.spaces import Axis
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

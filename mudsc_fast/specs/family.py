@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mudsc_fast.spec import Axis, PermutationSpec
+from mudsc_fast.spaces import Axis
+from mudsc_fast.spec import PermutationSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, numbers, produced
 
 

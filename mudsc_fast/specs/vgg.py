@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, numbers, produced
 
 _STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

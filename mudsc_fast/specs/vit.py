@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mudsc_fast.spec import Axis, PermutationSpec, Space, Tap
+from mudsc_fast.spaces import Axis, Space, Tap
+from mudsc_fast.spec import PermutationSpec
 from mudsc_fast.specs.family import Family, Shapes, covers, norm_axes, produced
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mudsc_fast.spec import Axis, Frozen, PermutationSpec, Space
+from mudsc_fast.spaces import Axis, Frozen, Space
+from mudsc_fast.spec import PermutationSpec
 from mudsc_fast.tracing.drafts import Builder, Draft, order_of
 from mudsc_fast.tracing.graph import Walk, export
 from mudsc_fast.tracing.layouts import leaves

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from mudsc_fast import layout as spec_layout
-from mudsc_fast.spec import Axis, Space
+from mudsc_fast.spaces import Axis, Space
 from mudsc_fast.tracing.layouts import Atom, freeze, leaves
 from mudsc_fast.tracing.lines import Line, lines_of, narrowed, place, visible
 from mudsc_fast.tracing.nesting import parents

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from mudsc_fast.spec import Tap
+from mudsc_fast.spaces import Tap
 from mudsc_fast.tracing.drafts import Draft, Key, find
 from mudsc_fast.tracing.graph import Exported, Walk, scopes_of
 from mudsc_fast.tracing.layouts import Atom, size_of

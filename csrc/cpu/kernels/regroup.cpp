@@ -40,14 +40,16 @@ struct Mover {
         const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = p.l.inner * size;
         if (p.packed && p.near != nullptr && bytes <= 128) {
             if (p.full) {
+                const int64_t before = (in - static_cast<const T*>(p.a.in)) * size, behind = p.reach * size - before;
+                const bool pairs = before >= kPairMargin && behind >= kPairMargin;
                 switch (bytes) {  // kernels of 3 x 3 and 5 x 5
-                    case 9: return move_exact<9>(out, in, p.near, j0, j1, ahead);
-                    case 18: return move_exact<18>(out, in, p.near, j0, j1, ahead);
-                    case 25: return move_exact<25>(out, in, p.near, j0, j1, ahead);
-                    case 36: return move_exact<36>(out, in, p.near, j0, j1, ahead);
-                    case 50: return move_exact<50>(out, in, p.near, j0, j1, ahead);
-                    case 72: return move_exact<72>(out, in, p.near, j0, j1, ahead);
-                    case 100: return move_exact<100>(out, in, p.near, j0, j1, ahead);
+                    case 9: return move_exact<9>(out, in, p.near, j0, j1, pairs, ahead);
+                    case 18: return move_exact<18>(out, in, p.near, j0, j1, pairs, ahead);
+                    case 25: return move_exact<25>(out, in, p.near, j0, j1, pairs, ahead);
+                    case 36: return move_exact<36>(out, in, p.near, j0, j1, pairs, ahead);
+                    case 50: return move_exact<50>(out, in, p.near, j0, j1, pairs, ahead);
+                    case 72: return move_exact<72>(out, in, p.near, j0, j1, pairs, ahead);
+                    case 100: return move_exact<100>(out, in, p.near, j0, j1, pairs, ahead);
                     default: break;
                 }
             }
@@ -381,8 +383,11 @@ Status regroup(const RegroupArgs& a) {
     Buffer<float> scale(a.scale != nullptr ? l.units : 0);
     if (!scale) return Status::no_memory;
     for (int64_t j = 0; a.scale != nullptr && j < l.units; ++j) scale[j] = static_cast<float>(a.scale[j]);
-    const Plan plan{a,        l,      at.get(), fits ? near.get() : nullptr, a.scale != nullptr ? scale.get() : nullptr,
-                    in_units, packed, full,     bytes >= cache_bytes(),       bytes > kFarBytes};
+    int64_t reach = 0;
+    for (int d = 0; d < l.n; ++d) reach += max64(0, (l.shape[d] - 1) * l.in[d]);
+    const float* factors = a.scale != nullptr ? scale.get() : nullptr;
+    const Plan plan{a,     l,      at.get(), fits ? near.get() : nullptr, factors,          in_units,
+                    reach, packed, full,     bytes >= cache_bytes(),      bytes > kFarBytes};
     if (single) {
         switch (a.element_bytes) {
             case 1: run_best<Mover<uint8_t>>(plan); return Status::ok;

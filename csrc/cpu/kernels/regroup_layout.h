@@ -193,6 +193,7 @@ struct Plan {
         near;  // [members] the same where it fits, for rows of units and for packed ones: half the cache; or null
     const float* scale;  // [units] the factors of float sums; or null
     int64_t in_units;    // positions of the unit axis that are read
+    int64_t reach;       // elements from the first outer index of `in` to its last
     bool packed;         // each unit's run begins where the one before ends, on both sides
     bool full;           // every unit has one member exactly, so unit j's is at[j]
     bool stream;

@@ -53,16 +53,52 @@ void move_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, bool
     }
 }
 
-// Units of a size that is known here, each with one member: moved as the fewest vectors that make it up, with nothing
-// read or written past their ends.
+// How far a pair of units reads past what it moves, to either side.
+constexpr int64_t kPairMargin = 32;
+
+// Two units of a size that is known here, as if they were one run: what would be a store for the end of each is one of
+// whole vectors, the one where they meet put together from both.
+template <int Bytes>
+inline void move_pair(char* to, const char* a, const char* b) {
+#if defined(__AVX2__)
+    constexpr int vector = 32, whole = 2 * Bytes / vector * vector;
+    if constexpr (whole > Bytes) {
+        const auto load = [](const char* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
+#pragma GCC unroll 8
+        for (int v = 0; v < whole; v += vector) {
+            __m256i x = load(v < Bytes ? a + v : b + (v - Bytes));
+            if (v < Bytes && v + vector > Bytes) {
+                const __m256i place = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18,
+                                                       19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+                const __m256i second = _mm256_cmpgt_epi8(place, _mm256_set1_epi8(static_cast<char>(Bytes - v - 1)));
+                x = _mm256_blendv_epi8(x, load(b + (v - Bytes)), second);
+            }
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + v), x);
+        }
+        memcpy(to + whole, b + (whole - Bytes), 2 * Bytes - whole);
+        return;
+    }
+#endif
+    memcpy(to, a, Bytes);
+    memcpy(to + Bytes, b, Bytes);
+}
+
+// Units of a size that is known here, each with one member: moved in pairs where kPairMargin bytes on both sides of the
+// row may be read, else with nothing read or written past their ends.
 template <int Bytes, typename T>
-void move_exact(T* out, const T* in, const int32_t* at, int64_t j0, int64_t j1, Ahead ahead) {
+void move_exact(T* out, const T* in, const int32_t* at, int64_t j0, int64_t j1, bool pairs, Ahead ahead) {
     constexpr int64_t size = static_cast<int64_t>(sizeof(T));
     char* to = reinterpret_cast<char*>(out) + j0 * Bytes;
-    for (int64_t j = j0; j < j1;) {
+    const auto unit = [&](int64_t j) { return reinterpret_cast<const char*>(in) + at[j] * size; };
+    int64_t j = j0;
+    for (; pairs && j + Ahead::kGroup <= j1;) {
         ahead.ask();
-        for (const int64_t stop = min64(j + Ahead::kGroup, j1); j < stop; ++j, to += Bytes)
-            memcpy(to, reinterpret_cast<const char*>(in) + at[j] * size, Bytes);
+        for (const int64_t stop = j + Ahead::kGroup; j < stop; j += 2, to += 2 * Bytes)
+            move_pair<Bytes>(to, unit(j), unit(j + 1));
+    }
+    while (j < j1) {
+        ahead.ask();
+        for (const int64_t stop = min64(j + Ahead::kGroup, j1); j < stop; ++j, to += Bytes) memcpy(to, unit(j), Bytes);
     }
 }
 

@@ -167,8 +167,8 @@ inline void spread_block(const Row& row, char* lines) {
     }
 }
 
-// Rows are asked for a little ahead, a line of every row in turn, and not the next tile's while this one is stored: memory
-// is quickest so, and L2 keeps this tile's lines.
+// Rows are asked for a little ahead, a line of every row in turn, and not the next tile's while this one is stored:
+// memory is quickest so, and L2 keeps this tile's lines.
 template <typename T>
 void spread(const T* const* rows, int64_t units, char* lines) {
     constexpr int64_t R = kTileRows<T>, size = static_cast<int64_t>(sizeof(T)), bytes = kBlock<T> * size;

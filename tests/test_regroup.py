@@ -252,7 +252,7 @@ def test_cuda_agrees_with_the_cpu(shape: tuple[int, ...], dtype: torch.dtype) ->
                 assert torch.equal(got.cpu(), want)
 
 
-TILED = ((16, 33), (65, 129), (31, 300), (7, 21, 3, 3), (3, 40, 2), (2, 19, 17))
+TILED = ((16, 33), (65, 129), (31, 300), (7, 21, 3, 3), (5, 37, 3, 3), (4, 50, 5, 5), (3, 40, 2), (2, 19, 17))
 
 
 @pytest.mark.parametrize("shape", TILED, ids=str)

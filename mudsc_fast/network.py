@@ -261,8 +261,7 @@ class Merging:
                 yield name, out, status == 0
 
 
-# Bytes of merged tensors that are made by one call: a merge holds little beside what it has handed out, and Ctrl-C, of
-# which a call knows nothing, ends it soon.
+# Bytes of merged tensors that are made by one call: a merge holds little beside what it has handed out.
 _AT_ONCE = 32 * 2**20
 
 

@@ -42,12 +42,22 @@ elif kind == "shared batch":
 elif kind == "batch":
     s = torch.rand(40000, 24, 24, generator=g)
     call = lambda: mf.assign(s)
+elif kind == "merge":
+    s = torch.rand(12000, 6000, generator=g)  # one tensor, both axes in another order: gathered entry by entry
+    axes = [mf.Space(name, n, (mf.Axis("w", dim, "in"),)) for dim, (name, n) in enumerate((("a", 12000), ("b", 6000)))]
+    moved = {x.name: torch.randperm(x.width, generator=g) for x in axes}
+    labels = {name: torch.stack([torch.arange(len(p)), p]) for name, p in moved.items()}
+    plan = mf.MergePlan(mf.PermutationSpec(axes), labels, "align")
+    call = lambda: plan.merge([{"w": s}, {"w": s}])["w"]
+    rows, columns = moved["a"][:50], moved["b"]
+    whole = lambda: torch.equal(call()[rows][:, columns], (s[rows][:, columns] + s[:50]) / 2)
 else:
     pair = [torch.randn(6000, 40, generator=g) for _ in range(2)]
     s = pair[0]
     tiles = mf.SimilarityTiles([pair], None, 1.0)
     call = lambda: mf.assign_tiled(tiles)
 before = s.clone()
+whole = locals().get("whole", lambda: True)
 sent = [0.0]
 def interrupt():
     sent[0] = time.process_time()
@@ -61,11 +71,11 @@ for delay in (0.02, 0.3, 0.7):
             call()
     except KeyboardInterrupt:
         waits.append(time.process_time() - sent[0])
-print(len(waits), max(waits), torch.equal(s, before))
+print(len(waits), max(waits), torch.equal(s, before) and whole())
 """
 
 
-@pytest.mark.parametrize("kind", ["zip", "blocks", "assign", "uniform", "batch", "shared batch", "tiled"])
+@pytest.mark.parametrize("kind", ["zip", "blocks", "assign", "uniform", "batch", "shared batch", "tiled", "merge"])
 def test_ctrl_c_ends_a_long_kernel(kind: str) -> None:
     command = [sys.executable, "-c", PROGRAM, kind]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

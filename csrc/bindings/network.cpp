@@ -194,7 +194,8 @@ py::list visit(Network& network, const std::vector<std::vector<int>>& ties, doub
     return result;
 }
 
-// Writes the merged tensors from `first` on; 0 where one is done, 1 where it is not finite, 2 where the plain way has to be taken.
+// Writes the merged tensors from `first` on; 0 where one is done, 1 where it is not finite, 2 where the plain way has
+// to be taken.
 std::vector<int> merge(Network& network, const std::vector<double>& shares, size_t first,
                        const std::vector<uintptr_t>& pointers, int threads) {
     const NetworkLayout& layout = network.layout();
@@ -207,10 +208,12 @@ std::vector<int> merge(Network& network, const std::vector<double>& shares, size
     std::vector<void*> outs;
     for (uintptr_t pointer : pointers) outs.push_back(reinterpret_cast<void*>(pointer));
     std::vector<Status> found;
-    without_gil([&](const KernelTable& table) {
-        found = network.merge(table, shares, first, outs, threads);
+    SignalPoll signals;
+    const Status done = without_gil([&](const KernelTable& table) {
+        found = network.merge(table, shares, first, outs, threads, signals.poll());
         return Status::ok;
     });
+    check(signals.outcome(done), "merge");
     std::vector<int> result;
     for (Status status : found) {
         if (status == Status::no_memory) check(status, "merge");

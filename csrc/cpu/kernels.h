@@ -195,6 +195,7 @@ struct MergeArgs {
     const double* shares;     // [models], >= 0
     void* out;                // contiguous
     int threads;
+    Poll poll;
 };
 
 struct KernelTable {

@@ -195,7 +195,7 @@ void Network::find_members(Mapped& goes_to, int64_t positions) const {
 }
 
 std::vector<Status> Network::merge(const KernelTable& table, const std::vector<double>& shares, size_t first,
-                                   const std::vector<void*>& outs, int threads) {
+                                   const std::vector<void*>& outs, int threads, Poll poll) {
     const int64_t models = layout_->models;
     for (size_t k = 0; k < layout_->maps.size(); ++k) {
         mapped(static_cast<int>(k));
@@ -234,7 +234,9 @@ std::vector<Status> Network::merge(const KernelTable& table, const std::vector<d
         a.shares = shares.data();
         a.out = outs[k];
         a.threads = threads;
+        a.poll = poll;
         found.push_back(table.merge(a));
+        if (found.back() == Status::interrupted) break;
     }
     return found;
 }

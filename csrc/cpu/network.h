@@ -1,6 +1,6 @@
-// A network's spaces and tensors as integers, and the visits of its match (docs/method.md rules 2 to 7), many at a call:
-// neighbours' labels, similarities, and the assignment or zip that they give. A small network is matched in less time
-// than Python takes to say what its tensors are, so this is said once.
+// A network's spaces and tensors as integers, and the visits of its match (docs/method.md rules 2 to 7), many at a
+// call: neighbours' labels, similarities, and the assignment or zip that they give. A small network is matched in less
+// time than Python takes to say what its tensors are, so this is said once.
 #pragma once
 
 #include <stdint.h>
@@ -16,8 +16,8 @@ namespace mudsc {
 
 struct NetworkSpace {
     int64_t width, blocks;
-    bool fixed;      // only whole blocks move
-    bool supported;  // whether `terms` say all that is compared
+    bool fixed;             // only whole blocks move
+    bool supported;         // whether `terms` say all that is compared
     std::vector<int> near;  // spaces whose labels its weights are seen in
 };
 
@@ -98,9 +98,9 @@ class Network {
                  int64_t milliseconds, Poll poll, std::vector<std::vector<NetworkMatch>>& found);
 
     // Merges the tensors from `first` on into `outs` (docs/method.md rule 9), as large as these: ok, not_finite, or
-    // unsupported where labels change a width or cannot be followed.
+    // unsupported where labels change a width or cannot be followed. Ends behind a tensor that was interrupted.
     std::vector<Status> merge(const KernelTable& table, const std::vector<double>& shares, size_t first,
-                              const std::vector<void*>& outs, int threads);
+                              const std::vector<void*>& outs, int threads, Poll poll);
 
     const NetworkLayout& layout() const { return *layout_; }
 
@@ -174,7 +174,8 @@ class Network {
     std::vector<Mapped> mapped_;
     std::vector<std::vector<double>> duals_;  // [spaces] of the last assignment: [models - 1, 2, width]
     std::vector<char> needs_all_;             // [spaces] a zip by upper bounds was not the zip
-    std::vector<std::vector<Visited>> visited_;  // [spaces] by the first space of a tie, the last one that was of use last
+    // [spaces] by the first space of a tie, the last one that was of use last
+    std::vector<std::vector<Visited>> visited_;
     std::vector<std::shared_ptr<Arena>> arenas_;
     std::pair<int64_t, int64_t> bounded_{0, 0};
     int64_t matched_ = 0;

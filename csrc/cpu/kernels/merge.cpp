@@ -78,12 +78,15 @@ class Merger {
         Buffer<W> scratch(max64(a_.threads, 1) * room);
         Buffer<uint8_t> finite(tasks);
         if (!scratch || !finite) return Status::no_memory;
-        parallel_each(a_.threads, tasks, [&](int64_t task, int worker) {
+        SharedPoll poll(a_.poll);
+        parallel_each(a_.threads, tasks, poll, [&](int64_t task, int worker, const Poll& stop) {
+            if (stop()) return;
             W* own = scratch.get() + worker * room;
             bool good = true;
             for (int64_t r = task * each; r < min64((task + 1) * each, rows_); ++r) good &= merge_row(r, own);
             finite[task] = good;
         });
+        if (poll.stopped()) return Status::interrupted;
         for (int64_t t = 0; t < tasks; ++t) {
             if (!finite[t]) return Status::not_finite;
         }

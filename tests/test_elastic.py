@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from networks import MLP, VGG, ResNet, ViT, randomise_norms
+from networks import MLP
+from small_networks import small_batches, small_network
 from torch import Tensor, nn
 
 import mudsc_fast as mf
@@ -16,27 +16,15 @@ from mudsc_fast import elastic
 from mudsc_fast.agreeing import outputs
 from mudsc_fast.moments import joint_covariance
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: MLP(30, (24, 20), 6),
-    "vgg": lambda: VGG((8, "M", 12, "M"), hidden=(20,), image=8, channels=1, num_outputs=6),
-    "resnet": lambda: ResNet((2, 1), 8, channels=1, num_outputs=6),
-    "resnet, groups": lambda: ResNet((1, 1), 8, norm="group", groups=4, channels=1, num_outputs=6),
-    "vit": lambda: ViT(8, 4, 1, width=16, depth=2, num_heads=4, hidden=24, num_outputs=6),
-    "vit, not fused": lambda: ViT(8, 4, 1, width=16, depth=1, num_heads=4, hidden=24, num_outputs=6, fused=False),
-}
+NAMES = ("mlp", "vgg", "resnet", "resnet, groups", "vit", "vit, not fused")
 
 
 class Case:
     """Random models of one architecture with their spec, batches and statistics."""
 
     def __init__(self, name: str, same: bool = False) -> None:
-        self.models: list[nn.Module] = []
-        for seed in (0, 0) if same else (0, 1):
-            torch.manual_seed(seed)
-            self.models.append(randomise_norms(NETWORKS[name](), seed).eval())
-        shape = (30,) if name == "mlp" else (1, 8, 8)
-        generator = torch.Generator().manual_seed(9)
-        self.batches: list[Any] = [torch.randn(60, *shape, generator=generator) for _ in range(3)]
+        self.models = [small_network(name, seed) for seed in ((0, 0) if same else (0, 1))]
+        self.batches: list[Any] = list(small_batches(name, 60))
         self.spec = mf.spec_for(self.models[0])
         self.states = [model.state_dict() for model in self.models]
         self.stats = mf.calibrate(self.models, self.batches, self.spec)
@@ -52,7 +40,7 @@ class Case:
 
 
 @pytest.mark.parametrize("method", ["select", "zip"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_merged_network_holds_what_was_promised_and_runs(name: str, method: str) -> None:
     case = Case(name)
     able = mf.resizable_spaces(case.models[0], case.spec, case.batches[0])

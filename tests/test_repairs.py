@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from language_models import network as language_model
 from language_models import spec_of
-from networks import MLP, VGG, ResNet, ViT, randomise_norms
+from small_networks import small_batches, small_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,15 +22,7 @@ from mudsc_fast.repairs.targets import last_target
 from mudsc_fast.repairs.walking import Call
 from mudsc_fast.selection import select_blocks
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: MLP(30, (24, 20), 6),
-    "vgg": lambda: VGG((8, "M", 12, "M"), hidden=(20,), image=8, channels=1, num_outputs=6),
-    "resnet": lambda: ResNet((2, 1), 8, channels=1, num_outputs=6),
-    "resnet, groups": lambda: ResNet((1, 1), 8, norm="group", groups=4, channels=1, num_outputs=6),
-    "vit": lambda: ViT(8, 4, 1, width=16, depth=2, num_heads=4, hidden=24, num_outputs=6),
-    "vit, mean": lambda: ViT(8, 4, 1, width=16, depth=1, num_heads=2, num_outputs=6, class_token=False, pool="mean"),
-    "bottleneck": lambda: ResNet((1, 1), 4, block="bottleneck", channels=1, num_outputs=6),
-}
+NAMES = ("mlp", "vgg", "resnet", "resnet, groups", "vit", "vit, mean", "bottleneck")
 
 
 def _pair(name: str, count: int = 2) -> tuple[list[nn.Module], mf.PermutationSpec, list[Any]]:
@@ -40,14 +31,8 @@ def _pair(name: str, count: int = 2) -> tuple[list[nn.Module], mf.PermutationSpe
         models = [language_model("Llama", seed) for seed in range(count)]
         tokens = torch.randint(0, 48, (3, 8, 12), generator=torch.Generator().manual_seed(1))
         return models, spec_of(models[0]), [{"input_ids": x} for x in tokens]
-    models = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        models.append(randomise_norms(NETWORKS[name](), seed).eval())
-    generator = torch.Generator().manual_seed(9)
-    shape = (30,) if name == "mlp" else (1, 8, 8)
-    batches: list[Any] = [torch.randn(40, *shape, generator=generator) for _ in range(3)]
-    return models, mf.spec_for(models[0]), batches
+    models = [small_network(name, seed) for seed in range(count)]
+    return models, mf.spec_for(models[0]), list(small_batches(name, 40))
 
 
 def _zip(models: list[nn.Module], spec: mf.PermutationSpec, batches: list[Any], method: str = "zip") -> mf.MergePlan:
@@ -59,7 +44,7 @@ def _merged(models: list[nn.Module], plan: mf.MergePlan) -> nn.Module:
     return mf.installed(models[0], plan.merge([m.state_dict() for m in models]))
 
 
-ALL = [*NETWORKS, "llama"]
+ALL = [*NAMES, "llama"]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -40,8 +40,9 @@ int64_t fill_segments(const int64_t* label, int64_t n, int64_t size, int64_t* st
         most = std::max(most, start[j + 1]);
         start[j + 1] += start[j];
     }
-    std::vector<int64_t> next(start, start + size);
-    for (int64_t i = 0; i < n; ++i) member[next[static_cast<size_t>(label[i])]++] = i;
+    for (int64_t i = 0; i < n; ++i) member[start[label[i]]++] = i;
+    std::copy_backward(start, start + size, start + size + 1);  // each has become the next one's
+    start[0] = 0;
     return most;
 }
 

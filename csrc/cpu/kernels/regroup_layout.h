@@ -12,7 +12,8 @@ namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
-constexpr int64_t kShort = 192;  // bytes copied without a call
+constexpr int64_t kShort = 192;         // bytes copied as a few steps
+constexpr int64_t kUncalled = 4 << 10;  // bytes copied without a call where all of it is near
 
 // The other axes, sorted so that the last is walked innermost, with neighbours merged where strides allow.
 struct Layout {
@@ -125,8 +126,13 @@ inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, cons
     constexpr int64_t kAhead = 2048;
     const int64_t head = (kCacheLine - (reinterpret_cast<uintptr_t>(out) & 63)) & 63, last = bytes - kCacheLine;
     const auto ask = [&](int64_t i) { __builtin_prefetch(i < bytes ? in + i : next + (i - bytes), 0, 2); };
-    if (next == nullptr) {
+    if (next == nullptr && bytes > kUncalled) {
         memcpy(out, in, static_cast<size_t>(bytes));
+        return;
+    }
+    if (next == nullptr) {
+        for (int64_t i = 0; i < last; i += kCacheLine) memcpy(out + i, in + i, kCacheLine);
+        memcpy(out + last, in + last, kCacheLine);
         return;
     }
     int64_t i = head;

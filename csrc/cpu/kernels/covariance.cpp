@@ -17,6 +17,9 @@ constexpr double kRawDrift = 1.5;
 // Largest exponent of a spread that float32 products take without scaling: squares of sums stay far from its limits.
 constexpr int kPlainExponent = 30;
 
+// Panels that are packed together.
+constexpr int64_t kStrip = 4;
+
 // Offsets of samples [first, first + n) of one source, in row-major order of its sample dims.
 void sample_offsets(const CovarianceSource& source, int64_t first, int64_t n, int64_t* off) {
     int64_t index[kMaxDims], at = 0, rest = first;
@@ -56,7 +59,10 @@ class Accumulator {
                 sample_offsets(sources[m], done, take, offsets_.get() + m * kGramDepth);
             }
             const int threads = layout_.panels * take < 256 ? 1 : threads_;  // too little to share
-            parallel_each(threads, layout_.panels, [&](int64_t panel, int) { pack(panel, take); });
+            const int64_t strip = threads == 1 ? kStrip : max64(1, min64(kStrip, layout_.panels / (4 * threads)));
+            parallel_each(threads, ceil_div(layout_.panels, strip), [&](int64_t at, int) {
+                pack(at * strip, min64((at + 1) * strip, layout_.panels), take);
+            });
             s_.counts[0] += take;
             s_.counts[1] += take;
             done += take;
@@ -220,7 +226,15 @@ class Accumulator {
         return mean != 0 && mean * mean > bound * bound * fmax(variance, 0.0);
     }
 
-    void pack(int64_t p, int64_t take) const {
+    // What packing needs to know of a panel.
+    struct Packing {
+        T shift[kPanel], scale[kPanel];
+        int64_t done = 0;                 // samples
+        int64_t run_model = -1, run_unit = 0;  // set when the panel is 48 units of one model, side by side in memory
+        bool full = true;                 // every lane has a unit
+    };
+
+    Packing begin_packing(int64_t p, int64_t take) const {
         const int64_t pending = s_.counts[1];
         if (s_.counts[0] == 0) begin(p, take);
         if (pending == 0) {
@@ -228,30 +242,48 @@ class Accumulator {
         } else if (s_.raw[p] != 0 && !may_be_raw_) {
             lower(p, pending);
         }
-        T shift[kPanel], scale[kPanel], block[kPackRows * kPanel];
+        Packing it;
         for (int u = 0; u < kPanel; ++u) {
-            shift[u] = static_cast<T>(s_.shift[p * kPanel + u]);
-            scale[u] = static_cast<T>(s_.scale[p * kPanel + u]);
+            it.shift[u] = static_cast<T>(s_.shift[p * kPanel + u]);
+            it.scale[u] = static_cast<T>(s_.scale[p * kPanel + u]);
         }
-        if (s_.raw[p] != 0) memset(block, 0, sizeof block);
-        int64_t run_model = -1, run_unit = 0;  // set when the panel is 48 units of one model, side by side in memory
+        int filled = 0;
         layout_.segments(p, [&](int64_t model, int64_t unit, int, int units) {
-            if (units == kPanel && sources_[model].unit_stride == 1) run_model = model, run_unit = unit;
+            filled += units;
+            if (units == kPanel && sources_[model].unit_stride == 1) it.run_model = model, it.run_unit = unit;
         });
-        for (int64_t k = 0; k < take;) {
-            const int64_t fast =
-                run_model < 0 ? 0 : pack_run(p, run_model, run_unit, k, take, pending + k, shift, scale);
-            if (fast > 0) {
-                k += fast;
-                continue;
+        it.full = filled == kPanel;
+        return it;
+    }
+
+    // Panels [first, last), a few samples of each in turn: units of neighbouring panels lie side by side in memory, which
+    // is read in longer pieces so.
+    void pack(int64_t first, int64_t last, int64_t take) const {
+        Packing panels[kStrip];
+        for (int64_t p = first; p < last; ++p) panels[p - first] = begin_packing(p, take);
+        for (int64_t k = 0; k < take; k += kFastRows) {
+            for (int64_t p = first; p < last; ++p) {
+                while (panels[p - first].done < min64(k + kFastRows, take)) pack_some(p, take, panels[p - first]);
             }
-            const int64_t n = min64(run_model < 0 ? kPackRows : kFastRows, take - k);
-            T* to = s_.raw[p] != 0 ? block : panel(p) + (pending + k) * kPanel;
-            fill_panel(p, k, n, to);
-            settle_samples(to, n, shift, scale, s_.sums + p * kPanel, s_.squares + p * kPanel);
-            if (s_.raw[p] != 0) store_pairs(to, n, pending + k, raw_panel(p));
-            k += n;
         }
+    }
+
+    void pack_some(int64_t p, int64_t take, Packing& it) const {
+        const int64_t k = it.done, at = s_.counts[1] + k;
+        const int64_t fast =
+            it.run_model < 0 ? 0 : pack_run(p, it.run_model, it.run_unit, k, take, at, it.shift, it.scale);
+        if (fast > 0) {
+            it.done += fast;
+            return;
+        }
+        const int64_t n = min64(it.run_model < 0 ? kPackRows : kFastRows, take - k);
+        T block[kPackRows * kPanel];
+        if (s_.raw[p] != 0 && !it.full) memset(block, 0, sizeof block);
+        T* to = s_.raw[p] != 0 ? block : panel(p) + at * kPanel;
+        fill_panel(p, k, n, to);
+        settle_samples(to, n, it.shift, it.scale, s_.sums + p * kPanel, s_.squares + p * kPanel);
+        if (s_.raw[p] != 0) store_pairs(to, n, at, raw_panel(p));
+        it.done += n;
     }
 
     // The fast way for up to kFastRows samples; returns how many it took, 0 if it cannot take any.
@@ -273,7 +305,6 @@ class Accumulator {
         const int64_t* off = offsets_.get() + model * kGramDepth + k;
         int64_t n = min64(kFastRows, take - k);
         double *sums = s_.sums + p * kPanel, *squares = s_.squares + p * kPanel;
-        prefetch_rows(data, off + n, min64(kFastRows, take - k - n));
         if (s_.raw[p] == 0) {
             float* to = reinterpret_cast<float*>(panel(p) + at * kPanel);
             const float *from = reinterpret_cast<const float*>(shift), *by = reinterpret_cast<const float*>(scale);

@@ -20,25 +20,6 @@ constexpr int kPlainExponent = 30;
 // Panels that are packed together.
 constexpr int64_t kStrip = 4;
 
-// Offsets of samples [first, first + n) of one source, in row-major order of its sample dims.
-void sample_offsets(const CovarianceSource& source, int64_t first, int64_t n, int64_t* off) {
-    int64_t index[kMaxDims], at = 0, rest = first;
-    for (int d = source.ndim - 1; d >= 0; --d) {
-        index[d] = rest % source.shape[d];
-        rest /= source.shape[d];
-        at += index[d] * source.strides[d];
-    }
-    for (int64_t k = 0; k < n; ++k) {
-        off[k] = at;
-        for (int d = source.ndim - 1; d >= 0; --d) {
-            at += source.strides[d];
-            if (++index[d] < source.shape[d]) break;
-            at -= index[d] * source.strides[d];
-            index[d] = 0;
-        }
-    }
-}
-
 template <typename T>
 class Accumulator {
   public:
@@ -60,9 +41,8 @@ class Accumulator {
             }
             const int threads = layout_.panels * take < 256 ? 1 : threads_;  // too little to share
             const int64_t strip = threads == 1 ? kStrip : max64(1, min64(kStrip, layout_.panels / (4 * threads)));
-            parallel_each(threads, ceil_div(layout_.panels, strip), [&](int64_t at, int) {
-                pack(at * strip, min64((at + 1) * strip, layout_.panels), take);
-            });
+            parallel_each(threads, ceil_div(layout_.panels, strip),
+                          [&](int64_t at, int) { pack(at * strip, min64((at + 1) * strip, layout_.panels), take); });
             s_.counts[0] += take;
             s_.counts[1] += take;
             done += take;
@@ -229,9 +209,9 @@ class Accumulator {
     // What packing needs to know of a panel.
     struct Packing {
         T shift[kPanel], scale[kPanel];
-        int64_t done = 0;                 // samples
+        int64_t done = 0;                      // samples
         int64_t run_model = -1, run_unit = 0;  // set when the panel is 48 units of one model, side by side in memory
-        bool full = true;                 // every lane has a unit
+        bool full = true;                      // every lane has a unit
     };
 
     Packing begin_packing(int64_t p, int64_t take) const {
@@ -256,8 +236,7 @@ class Accumulator {
         return it;
     }
 
-    // Panels [first, last), a few samples of each in turn: units of neighbouring panels lie side by side in memory, which
-    // is read in longer pieces so.
+    // Panels [first, last), a few samples of each in turn: side by side in memory, they are read in longer pieces.
     void pack(int64_t first, int64_t last, int64_t take) const {
         Packing panels[kStrip];
         for (int64_t p = first; p < last; ++p) panels[p - first] = begin_packing(p, take);

@@ -1,4 +1,4 @@
-// Layout of a covariance's accumulators, and correlations read straight from them.
+// Where a covariance's samples and accumulators lie, and correlations read straight from the latter.
 #pragma once
 
 #include <math.h>
@@ -16,6 +16,25 @@ namespace {
 constexpr double kDeadVariance = 1e-14;
 
 inline bool is_dead(double variance, double mean_square) { return !(variance > kDeadVariance * mean_square); }
+
+// Offsets of samples [first, first + n) of one source, in row-major order of its sample dims.
+inline void sample_offsets(const CovarianceSource& source, int64_t first, int64_t n, int64_t* off) {
+    int64_t index[kMaxDims], at = 0, rest = first;
+    for (int d = source.ndim - 1; d >= 0; --d) {
+        index[d] = rest % source.shape[d];
+        rest /= source.shape[d];
+        at += index[d] * source.strides[d];
+    }
+    for (int64_t k = 0; k < n; ++k) {
+        off[k] = at;
+        for (int d = source.ndim - 1; d >= 0; --d) {
+            at += source.strides[d];
+            if (++index[d] < source.shape[d]) break;
+            at -= index[d] * source.strides[d];
+            index[d] = 0;
+        }
+    }
+}
 
 // Where units lie. Rows of the product are panels [0, row_panels); columns start at panel `column_panel`.
 struct Layout {

@@ -253,6 +253,15 @@ void scale_columns(const Columns& columns, int64_t units, int64_t c0, int64_t n,
     }
 }
 
+// Asks for the next n elements of each unit.
+template <typename T>
+inline void ask_for_units(const T* next, const int64_t* unit_off, int64_t units, int64_t n) {
+    constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
+    for (int64_t u = 0; u < units; ++u) {
+        for (int64_t k = 0; k < n; k += kLine) __builtin_prefetch(next + unit_off[u] + k, 0, 2);
+    }
+}
+
 // Units that lie apart: their columns are read unit by unit and transposed, eight units at a time.
 template <typename W, typename T>
 void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, int64_t units, int64_t c0, int64_t n,
@@ -267,7 +276,10 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
     }
     // Runs with one member a column are read where they are.
     const bool direct = sizeof(T) == sizeof(W) && columns.ptr == nullptr;
-    if (run) runs[0] = {c0, n};
+    if (run) {
+        runs[0] = {c0, n};
+        ask_for_units(data + columns.off[c0] + n, unit_off, units, n);
+    }
     constexpr int64_t kAtOnce = 8;
     W part[kAtOnce][kPackRows];
     for (int64_t u0 = 0; u0 < units; u0 += kAtOnce) {

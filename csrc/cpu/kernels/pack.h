@@ -116,17 +116,6 @@ inline bool all_finite(VectorOf<float>::type x) {
     return finite;
 }
 
-// Rows lie far apart and give a few lines each, too few for the hardware to see the next ones coming.
-template <typename T>
-inline void prefetch_rows(const T* data, const int64_t* off, int64_t n) {
-    for (int64_t k = 0; k < n; ++k) {
-        const char* row = reinterpret_cast<const char*>(data + off[k]);
-        for (int64_t at = 0; at < kPanel * static_cast<int64_t>(sizeof(T)); at += kCacheLine)
-            __builtin_prefetch(row + at);
-        __builtin_prefetch(row + kPanel * sizeof(T) - 1);
-    }
-}
-
 // to[k][48] = (data[off[k]][48] - shift) * scale for n <= kFastRows samples, and their sums and squares. Returns false,
 // with sums and squares as they were, if a value or a sum is not finite: then the careful way has to be taken.
 template <typename T>

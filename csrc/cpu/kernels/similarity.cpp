@@ -297,14 +297,13 @@ class Similarity {
     }
 
     void blend_cross(int64_t i0, int64_t i1) const {
-        constexpr int64_t kRun = 10 * kPanel;
         const Layout layout = source_ != nullptr ? Layout(*source_) : layout_;
         for (int64_t m = 1; m < a_.models; ++m) {
-            for (int64_t j = 0; j < a_.n; j += kRun) {
-                const int64_t n = min64(kRun, a_.n - j);
+            for (int64_t j = 0; j < a_.n; j += kPanel) {
+                const int64_t n = min64(kPanel, a_.n - j);
                 for (int64_t i = i0; i < i1; ++i) {
                     W* row = out_ + ((m - 1) * a_.n + i) * a_.n + j;
-                    blend_run<kRun>(layout, i, m * panels_each_ * kPanel + j, layout.position(m) + j, n, row);
+                    blend_run(layout, i, m * panels_each_ * kPanel + j, layout.position(m) + j, n, row);
                 }
             }
         }
@@ -315,9 +314,9 @@ class Similarity {
         for (int64_t i = i0; i < i1; ++i) {
             int64_t j = max64(i, j0);
             const int64_t inside = bound_ ? min64((i / a_.n + 1) * a_.n, j1) : j;
-            if (j < inside) blend_run<kPanel>(layout_, i, j, j, inside - j, out_ + i * ld + j, true);
+            if (j < inside) blend_run(layout_, i, j, j, inside - j, out_ + i * ld + j, true);
             j = max64(j, inside);
-            if (j < j1) blend_run<kPanel>(layout_, i, j, j, j1 - j, out_ + i * ld + j);
+            if (j < j1) blend_run(layout_, i, j, j, j1 - j, out_ + i * ld + j);
         }
         if (i0 == j0) {
             for (int64_t i = i0; i < i1; ++i) {
@@ -340,7 +339,6 @@ class Similarity {
 
     // row[0 .. n): unit i of the first models with the units from position `column` of the activations and `packed` of
     // the weights on. bound: these come from rounded panels.
-    template <int64_t kMost>
     void blend_run(const Layout& layout, int64_t i, int64_t packed, int64_t column, int64_t n, W* __restrict row,
                    bool bound = false) const {
         if (share_ > 0 && corrected_) {
@@ -364,7 +362,7 @@ class Similarity {
             correlation_run(*source_, layout, moments_, i, column, n, row);
             return;
         }
-        W seen[kMost];
+        W seen[kPanel];
         correlation_run(*source_, layout, moments_, i, column, n, seen);
         const W mine = static_cast<W>(share_), theirs = static_cast<W>(1 - share_);
         for (int64_t j = 0; j < n; ++j) row[j] = mine * row[j] + theirs * seen[j];

@@ -259,6 +259,20 @@ def test_non_finite_entries_are_refused(isa: str, entry: float, n: int) -> None:
                     mf.assign(view)
 
 
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("others", [0.0, 1e-30, 3e38])
+def test_non_finite_entries_are_seen_beside_any_others(isa: str, entry: float, others: float) -> None:
+    """Products of neighbours tell them, which vanish or overflow here."""
+    for n in (2, 33, 64, 129):
+        similarity = torch.full((n, n), others)
+        check(similarity, mf.assign(similarity))
+        for column in range(n):
+            spoiled = similarity.clone()
+            spoiled[n // 2, column] = entry
+            with pytest.raises(ValueError, match="similarity: expected finite values, got NaN or infinity"):
+                mf.assign(spoiled)
+
+
 S = torch.zeros(3, 3)
 V = torch.zeros(3)
 BAD: list[tuple[str, Callable[[], object], type[Exception], str]] = [

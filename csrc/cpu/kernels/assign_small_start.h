@@ -50,7 +50,8 @@ class SmallStart {
     };
 
     template <bool checked>
-    Best best_of(int i, Vec<C>* bad) const;
+    Best best_of(int i, Vec<C>* products) const;
+    bool all_finite(const Vec<C>* products) const;
     bool take_all(bool exact, bool checked);
     bool take(int i, const Best& b, bool exact, C* price);
     void bid();
@@ -65,16 +66,16 @@ class SmallStart {
     C raised_[kSmallAssignment];
 };
 
+// `products`, if `checked`, takes up all entries, in pairs to save steps: what is not finite leaves it so.
 template <class T, class C>
 template <bool checked>
-inline typename SmallStart<T, C>::Best SmallStart<T, C>::best_of(int i, Vec<C>* bad) const {
+inline typename SmallStart<T, C>::Best SmallStart<T, C>::best_of(int i, Vec<C>* products) const {
     constexpr int lanes = Vec<C>::lanes;
     const T* s = m_.row(i);
     const int n = m_.n;
-    const Vec<C> least = Vec<C>::all(static_cast<C>(-INFINITY)), nothing = Vec<C>::all(0);
+    const Vec<C> least = Vec<C>::all(static_cast<C>(-INFINITY));
     Vec<C> first[2] = {least, least}, second[2] = {least, least};
     const auto step = [&](Vec<C> x, int j, int k) {
-        if (checked) bad[k] = x * nothing + bad[k];
         x = x - Vec<C>::load(price_ + j);
         x.store(r_ + j);
         second[k] = vmax(vmin(x, first[k]), second[k]);
@@ -82,10 +83,16 @@ inline typename SmallStart<T, C>::Best SmallStart<T, C>::best_of(int i, Vec<C>* 
     };
     int j = 0;
     for (; j + 2 * lanes <= n; j += 2 * lanes) {
-        step(Vec<C>::load(s + j), j, 0);
-        step(Vec<C>::load(s + j + lanes), j + lanes, 1);
+        const Vec<C> x = Vec<C>::load(s + j), y = Vec<C>::load(s + j + lanes);
+        if (checked) *products = x * y + *products;
+        step(x, j, 0);
+        step(y, j + lanes, 1);
     }
-    for (; j < n; j += lanes) step(Vec<C>::load_some(s + j, n - j), j, 0);
+    for (; j < n; j += lanes) {
+        const Vec<C> x = Vec<C>::load_some(s + j, n - j);
+        if (checked) *products = x * x + *products;
+        step(x, j, 0);
+    }
     Best b;
     top_two(vmax(first[0], first[1]), vmax(vmin(first[0], first[1]), vmax(second[0], second[1])), &b.first, &b.second);
     const bool found = b.first > static_cast<C>(-INFINITY);
@@ -116,21 +123,35 @@ inline bool SmallStart<T, C>::take(int i, const Best& b, bool exact, C* price) {
     return true;
 }
 
+// Products of finite entries may overflow too; then every entry is looked at.
+template <class T, class C>
+bool SmallStart<T, C>::all_finite(const Vec<C>* products) const {
+    const Vec<C> nothing = Vec<C>::all(0);
+    constexpr uint64_t all = (uint64_t{1} << Vec<C>::lanes) - 1;
+    if (ge(*products * nothing, nothing) == all) return true;  // only NaN is not equal to zero here
+    for (int i = 0; i < m_.n; ++i) {
+        for (int j = 0; j < m_.n; ++j) {
+            const C x = static_cast<C>(m_.row(i)[j]);
+            if (!(x - x == 0)) return false;
+        }
+    }
+    return true;
+}
+
 // All rows, each for itself, at the starting prices; false when the matrix holds NaN or an infinity, if `checked`.
 template <class T, class C>
 bool SmallStart<T, C>::take_all(bool exact, bool checked) {
-    Vec<C> bad[2] = {Vec<C>::all(0), Vec<C>::all(0)};
+    Vec<C> products = Vec<C>::all(0);
     m_.release_all();
     ties_ = 0;
     for (int j = 0; j < m_.n; ++j) raised_[j] = price_[j];
     for (int i = 0; i < m_.n; ++i) {
-        const Best b = checked ? best_of<true>(i, bad) : best_of<false>(i, bad);
+        const Best b = checked ? best_of<true>(i, &products) : best_of<false>(i, nullptr);
         ties_ += b.first == b.second ? 1 : 0;
         if (!m_.is_open(b.column) || !take(i, b, exact, raised_)) m_.free[m_.free_count++] = i;
     }
     for (int j = 0; j < m_.n; ++j) price_[j] = raised_[j];
-    // Only NaN is not equal to zero here.
-    return ge(bad[0] + bad[1], Vec<C>::all(0)) == (uint64_t{1} << Vec<C>::lanes) - 1;
+    return all_finite(&products);
 }
 
 // Rounds of bids, which displace owners.

@@ -183,8 +183,9 @@ struct MergeAxis {
     bool out;                 // produces units: entries are scaled by all shares over those of their members
     const int64_t* ptr;       // [models, size + 1], or null: every position stays
     const int64_t* members;   // [models, positions], those of merged position j from ptr[j] on
-    const uint8_t* single;    // [models] whether every merged position has one member, in order
+    const uint8_t* single;    // [models] 1: every merged position has one member, kInOrder: itself, 0: neither
 };
+constexpr uint8_t kInOrder = 2;
 
 // merge: the mean of the models' tensors, seen as [outer, first, middle, second, inner], in merged coordinates.
 struct MergeArgs {

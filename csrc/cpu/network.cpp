@@ -190,7 +190,12 @@ void Network::find_members(Mapped& goes_to, int64_t positions) const {
         }
         goes_to.several |= goes_to.single[static_cast<size_t>(m)] == 0;
         std::vector<int64_t> next(ptr, ptr + size);
-        for (int64_t i = 0; i < positions; ++i) members[next[static_cast<size_t>(labels[i])]++] = i;
+        bool in_order = size == positions;
+        for (int64_t i = 0; i < positions; ++i) {
+            members[next[static_cast<size_t>(labels[i])]++] = i;
+            in_order &= labels[i] == i;
+        }
+        if (in_order) goes_to.single[static_cast<size_t>(m)] = kInOrder;
     }
 }
 

@@ -127,7 +127,7 @@ class Network {
         std::vector<double> scale;  // [size], empty: none
         // For a merge: members of each merged position, empty where every position stays.
         std::vector<int64_t> ptr, members;  // [models, size + 1], [models, positions]
-        std::vector<uint8_t> single;        // [models] one member each
+        std::vector<uint8_t> single;        // [models] see MergeAxis
         bool several = false;               // some model has not
     };
     // What a tie's match was with these labels of its neighbours.

@@ -137,7 +137,7 @@ class Merger {
         const T* data = static_cast<const T*>(a_.data[m]) + o * rows.positions * from_row_ + b * length;
         if (count == 1) {
             const T* x = data + (ptr == nullptr ? j : members[ptr[j]]) * from_row_;
-            if (columns.ptr != nullptr) {
+            if (columns.ptr != nullptr && columns.single[m] != kInOrder) {
                 gather_row(x, columns, m, a_.inner, part);
                 return part;
             }

@@ -113,8 +113,8 @@ _REASONS = (
     (
         "pipeline",
         "width 16 zip",
-        "run again and again it takes 2.9 ms; right after the official code, which leaves the caches cold, 4.0 to 4.4, of "
-        "which 2.7 are visits, most of that packing and products that wait for memory",
+        "run again and again it takes 3.0 ms; right after the official code, which leaves the caches cold, 4.0 to 4.4, "
+        "of which 2.7 are visits, half of that packing and products that wait for memory",
     ),
     (
         "pipeline",

@@ -221,16 +221,16 @@ class Merging:
         own: Container[str],
     ) -> None:
         self._core, self._names, self._firsts, self._shares, self._own = core, names, firsts, shares, own
-        self._known = set(names)
+        self._place = {name: k for k, name in enumerate(names)}
         self._done = 0  # names
         self._made: dict[str, tuple[Tensor, bool]] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known
+        return name in self._place
 
     def take(self, name: str) -> tuple[Tensor, bool] | None:
         """The merged tensor and whether it is finite; None where the plain way has to be taken. Once for each name."""
-        while name not in self._made and self._done < len(self._names):
+        while self._done <= self._place[name]:
             self._made.update((each, (out, good)) for each, out, good in self._next())
         return self._made.pop(name, None)
 

@@ -271,6 +271,32 @@ def test_merged_at_once_is_merged_one_by_one(
         torch.testing.assert_close(quick[key], x, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def test_one_call_at_a_time_is_made_where_masks_hold_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A mask is averaged the plain way; what comes after it is still merged when it is asked for, not all of it at once.
+    case = ARCHITECTURES["mlp"]
+    states = []
+    for net in case.models(2):
+        mask = {"mask": torch.full((3, 3), -torch.inf)}
+        states.append({**mask, **net.state_dict(), "free": torch.randn(5, 4)})
+    plan = mf.match(states, case.spec, None)
+    monkeypatch.setattr(network, "_AT_ONCE", 1)
+    calls: list[list[str]] = []
+    following = network.Merging._next
+
+    def counted(self: network.Merging) -> Any:
+        made = list(following(self))
+        calls.append([name for name, _, _ in made])
+        return iter(made)
+
+    monkeypatch.setattr(network.Merging, "_next", counted)
+    for k, (name, tensor) in enumerate(plan.merge_tensors(states)):
+        assert len(calls) == k + 1
+        assert calls[-1] == ([] if name == "mask" else [name])
+        if name in ("mask", "free"):
+            torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
+    assert torch.equal(plan.merge(states)["mask"], states[0]["mask"])
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_merged_with_itself_keeps_its_bits(name: str) -> None:
     case = ARCHITECTURES[name]

@@ -406,6 +406,12 @@ def swapped(first: int, second: int) -> Tensor:
             ValueError,
             r"int64 of shape \(models >= 2, 10\), got torch.float",
         ),
+        (
+            labels_with("fc1", torch.zeros(2, 10, dtype=torch.uint8).view(torch.bits8)),
+            "zip",
+            ValueError,
+            "got torch.bits8",
+        ),
         (labels_with("fc1", torch.arange(10)[None]), "zip", ValueError, r"got torch.int64 \(1, 10\)"),
         (labels_with("fc1", torch.arange(9).repeat(2, 1)), "zip", ValueError, r"got torch.int64 \(2, 9\)"),
         (labels_with("fc1", torch.arange(10).repeat(3, 1)), "zip", ValueError, "one number of models in all spaces"),

@@ -75,6 +75,16 @@ def test_random_problems_agree_with_the_reference(isa: str, dtype: torch.dtype) 
         assert float(got.value) == pytest.approx(float(want.value), abs=VALUE_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("n", "seed"), [(6, 70), (6, 425), (14, 483), (14, 528), (20, 209), (20, 379)])
+def test_ties_with_entries_that_a_merge_raised(isa: str, n: int, seed: int) -> None:
+    # An attenuation raises what is below 0, to the row's largest entry at times: the first place of these counts.
+    generator = torch.Generator().manual_seed(seed)
+    similarity = -(2.0 ** torch.randint(-3, 2, (n, n), generator=generator))
+    similarity = torch.maximum(similarity, similarity.T)
+    want = mf.reference.zip_units(similarity, width=2)
+    assert torch.equal(mf.zip_units(similarity, width=2).labels, want.labels)
+
+
 @pytest.mark.parametrize("d", [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 255, 257])
 def test_sizes_around_the_kernels_steps(isa: str, d: int) -> None:
     similarity = similarity_of(d, 2, d)
@@ -186,6 +196,15 @@ def test_budget_zero_merges_only_across_models(isa: str) -> None:
     for m in range(2):
         assert len(got.labels[m].unique()) == 16
     assert (mf.zip_units(similarity).sizes > 2).any()
+
+
+@pytest.mark.parametrize(("n", "budget"), [(5, 0.6), (17, 0.3), (70, 0.3), (70, 0.6)])
+def test_an_attenuation_that_float32_does_not_have_keeps_pairs_barred(isa: str, n: int, budget: float) -> None:
+    # 1e-50 is 0 in float32, and 0 times a barred entry's -inf is NaN.
+    similarity = similarity_of(n, 2, seed=n, noise=3.0).float()
+    got = mf.zip_units(similarity, attenuation=1e-50, budget=budget)
+    same = mf.zip_units(similarity, attenuation=1e-30, budget=budget)
+    assert torch.equal(got.labels, same.labels)
 
 
 def test_full_width_merges_nothing(isa: str) -> None:

@@ -37,6 +37,9 @@ class Torch {
         const py::object dtype = checked(PyObject_GetAttr(tensor.ptr(), names().dtype));
         return std::find(std::begin(names().floats), std::end(names().floats), dtype.ptr()) != std::end(names().floats);
     }
+    static bool is_int64(const py::handle& tensor) {
+        return checked(PyObject_GetAttr(tensor.ptr(), names().dtype)).ptr() == names().int64;
+    }
     static bool is_neg(const py::handle& tensor) {
         return checked(PyObject_CallMethodObjArgs(tensor.ptr(), names().is_neg, nullptr)).ptr() == Py_True;
     }
@@ -60,6 +63,7 @@ class Torch {
                                py::object(py::module_::import("torch").attr("float32")).release().ptr(),
                                py::object(py::module_::import("torch").attr("float16")).release().ptr(),
                                py::object(py::module_::import("torch").attr("bfloat16")).release().ptr()};
+        PyObject* int64 = py::object(py::module_::import("torch").attr("int64")).release().ptr();
         PyObject* dtype = PyUnicode_InternFromString("dtype");
         PyObject* layout = PyUnicode_InternFromString("layout");
         PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");

@@ -294,9 +294,10 @@ std::vector<int64_t> sound_labels(const py::list& labels, const std::vector<std:
     for (size_t k = 0; k < spaces.size(); ++k) {
         const py::handle tensor = labels[k];
         if (!Torch::is_tensor(tensor) || !Torch::is_cpu(tensor) || !Torch::is_strided(tensor)) continue;
+        if (!Torch::is_int64(tensor)) continue;  // not every type can be looked at more closely
         const TensorArg view(tensor, "labels");
         const auto [width, blocks] = spaces[k];
-        if (view->dtype != Dtype::i64 || view->ndim != 2 || view->shape[0] < 2 || view->shape[1] != width) continue;
+        if (view->ndim != 2 || view->shape[0] < 2 || view->shape[1] != width) continue;
         const bool plain = view->strides[0] == width && (width == 1 || view->strides[1] == 1);
         if (!plain || reinterpret_cast<uintptr_t>(view->data) % sizeof(int64_t) != 0) continue;
         result[k] = merged_units(view->as<int64_t>(), view->shape[0], width, blocks, align);

@@ -166,6 +166,28 @@ def test_what_is_kept_with_a_spec() -> None:
         assert len(other.resolved) == 0
 
 
+def test_what_is_kept_is_of_as_many_models() -> None:
+    case = ARCHITECTURES["mlp"]
+    spec = mf.PermutationSpec(case.spec.spaces)  # without weights nothing else tells two models from three
+    for count in (2, 3, 2):
+        nets = case.models(count)
+        stats = mf.calibrate(nets, case.batches(), spec)
+        plain = op_by_op(None, spec, stats, "align", 0.0)
+        assert_same(mf.match(None, spec, stats, "align", 0.0), plain)
+
+
+def test_what_is_kept_is_of_names_in_their_order() -> None:
+    # All alike in shape, in another order: what is kept says where the units are by place.
+    generator = torch.Generator().manual_seed(0)
+    states = [{name: torch.randn(6, 6, generator=generator) for name in ("a", "b", "c")} for _ in range(2)]
+    spec = mf.PermutationSpec((mf.Space("h", 6, (mf.Axis("a", 0, "out"), mf.Axis("b", 1, "in"))),))
+    plan = mf.MergePlan(spec, {"h": torch.stack([torch.arange(6), torch.arange(6).flip(0)])}, "align")
+    first = plan.merge(states)
+    for order in ("bca", "cab", "acb"):
+        again = plan.merge([{name: state[name] for name in order} for state in states])
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+
+
 def test_labels_that_do_not_fit_are_refused() -> None:
     case = ARCHITECTURES["mlp"]
     state_dicts = [dict(net.state_dict()) for net in case.models(2)]
@@ -175,6 +197,8 @@ def test_labels_that_do_not_fit_are_refused() -> None:
     first, second = (space.name for space in case.spec.spaces)
     broken = rematch.Match(torch.full((2, widths[first]), -1), 0.0)
     assert made.visit([[second]], {first: broken}, 1.0) == []
+    assert len(made._core.visit([[0], [1], [0]], 1.0, 1, 60000)) == 3
+    assert len(made._core.visit([[0], [1], [0]], 1.0, 1, 0)) == 1  # a call ends after the visit at which time is over
     with pytest.raises(ValueError, match="labels"):
         made._core.set_labels(0, torch.zeros(3, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="space"):

@@ -29,6 +29,16 @@ struct ManagedTensor {
     void* manager;
     void (*deleter)(ManagedTensor*);
 };
+
+// What a type's __dlpack_c_exchange_api__ points at (DLPack 1.3; torch has it since 2.10): a tensor described in place,
+// without a capsule. Only what is used here has its type.
+struct ExchangeApi {
+    uint32_t major, minor;
+    void* previous;
+    void *allocate, *managed_from_object, *managed_to_object;
+    int (*describe)(void* object, Tensor* out);  // not owning: the object has to live on; 0, or a Python error is set
+    void* current_stream;
+};
 }  // namespace dlpack
 
 // A typed, strided view; it does not own the memory.

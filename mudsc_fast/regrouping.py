@@ -45,8 +45,10 @@ def regroup(
 
     Source: docs/method.md rule 9.
     """
-    if backend == "auto" and (quick := _plain(tensor, labels, dim, size, scale, out)) is not None:
-        return quick
+    if backend == "auto":  # the usual call is checked and made in one step; what that refuses gets a closer look
+        quick = _dense(tensor, dim, size) if out is None else out
+        if quick is not None and _core.regroup_plain(tensor, labels, dim, size, scale, quick):
+            return quick
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dim() == 0:
@@ -74,19 +76,15 @@ def regroup(
     return out
 
 
-def _plain(
-    tensor: Tensor, labels: Tensor, dim: int, size: int, scale: Tensor | None, out: Tensor | None
-) -> Tensor | None:
-    """The usual call, checked and run in one step of a few microseconds; None for all that wants a closer look."""
+def _dense(tensor: Tensor, dim: int, size: int) -> Tensor | None:
+    """Where the result of the usual call goes; None for all that wants a closer look."""
     if type(tensor) is not Tensor or type(dim) is not int or type(size) is not int or size < 0:
         return None
-    if out is None:
-        if not tensor.is_cpu or not tensor.is_contiguous() or not -tensor.dim() <= dim < tensor.dim():
-            return None
-        shape = list(tensor.shape)
-        shape[dim] = size
-        out = torch.empty(shape, dtype=tensor.dtype)
-    return out if _core.regroup_plain(tensor, labels, dim, size, scale, out, torch.get_num_threads()) else None
+    if not tensor.is_cpu or not tensor.is_contiguous() or not -tensor.dim() <= dim < tensor.dim():
+        return None
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return torch.empty(shape, dtype=tensor.dtype)
 
 
 def segments(labels: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, int]:

@@ -41,13 +41,21 @@ class Torch {
         return checked(PyObject_GetAttr(tensor.ptr(), names().dtype)).ptr() == names().int64;
     }
     static bool is_neg(const py::handle& tensor) {
-        return checked(PyObject_CallMethodObjArgs(tensor.ptr(), names().is_neg, nullptr)).ptr() == Py_True;
+        return checked(PyObject_CallOneArg(names().is_neg, tensor.ptr())).ptr() == Py_True;
     }
     static bool requires_grad(const py::handle& tensor) {
         return checked(PyObject_GetAttr(tensor.ptr(), names().requires_grad)).ptr() == Py_True;
     }
     static int64_t dim(const py::handle& tensor) {
         return checked(PyObject_GetAttr(tensor.ptr(), names().ndim)).cast<int64_t>();
+    }
+    static int threads() { return checked(PyObject_CallNoArgs(names().get_num_threads)).cast<int>(); }
+    // A tensor described in place, a tenth of a capsule's cost; false where this torch cannot, or not this tensor.
+    static bool describe(const py::handle& tensor, dlpack::Tensor& out) {
+        const dlpack::ExchangeApi* api = names().exchange;
+        if (api != nullptr && api->describe(tensor.ptr(), &out) == 0) return true;
+        PyErr_Clear();  // a capsule may do, and says in its own words why not
+        return false;
     }
     static py::object to_dlpack(const py::handle& tensor) {
         return checked(PyObject_CallFunctionObjArgs(names().to_dlpack, tensor.ptr(), nullptr));
@@ -67,13 +75,22 @@ class Torch {
         PyObject* dtype = PyUnicode_InternFromString("dtype");
         PyObject* layout = PyUnicode_InternFromString("layout");
         PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-        PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+        PyObject* is_neg = py::object(py::module_::import("torch").attr("Tensor").attr("is_neg")).release().ptr();
+        PyObject* get_num_threads = py::object(py::module_::import("torch").attr("get_num_threads")).release().ptr();
+        const dlpack::ExchangeApi* exchange = exchange_of(py::module_::import("torch").attr("Tensor"));
         PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
         PyObject* ndim = PyUnicode_InternFromString("ndim");
     };
     static const Names& names() {
         static const Names* found = new Names;  // never freed: the interpreter may be gone by then
         return *found;
+    }
+    static const dlpack::ExchangeApi* exchange_of(const py::object& type) {
+        const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+        const char* name = "dlpack_exchange_api";
+        if (PyCapsule_IsValid(capsule.ptr(), name) == 0) return nullptr;  // an older torch: none, or a number
+        const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), name));
+        return api->major == 1 && api->describe != nullptr ? api : nullptr;
     }
     static py::object checked(PyObject* result) {
         if (result == nullptr) throw py::error_already_set();
@@ -88,9 +105,17 @@ class TensorArg {
         : managed_(exported(object, name)), view_(managed_->tensor, name) {}
     // Of an object that is known to be a plain tensor in the CPU's memory, and not to be read with the other sign.
     static TensorArg of_plain(const py::handle& tensor, const char* name) {
+        dlpack::Tensor described;
+        if (Torch::describe(tensor, described)) return TensorArg(tensor, described, name);
         return TensorArg(taken(Torch::to_dlpack(tensor)), name);
     }
-    TensorArg(TensorArg&& other) noexcept : managed_(other.managed_), view_(other.view_) { other.managed_ = nullptr; }
+    // Of an object as torch describes it.
+    TensorArg(const py::handle& object, const dlpack::Tensor& described, const char* name)
+        : described_(py::reinterpret_borrow<py::object>(object)), view_(described, name) {}
+    TensorArg(TensorArg&& other) noexcept
+        : managed_(other.managed_), described_(std::move(other.described_)), view_(other.view_) {
+        other.managed_ = nullptr;
+    }
     TensorArg(const TensorArg&) = delete;
     TensorArg& operator=(const TensorArg&) = delete;
     ~TensorArg() {
@@ -126,8 +151,32 @@ class TensorArg {
         return Torch::is_neg(object) ? Torch::to_dlpack(object.attr("resolve_neg")()) : Torch::to_dlpack(object);
     }
 
-    dlpack::ManagedTensor* managed_;
+    dlpack::ManagedTensor* managed_ = nullptr;
+    py::object described_;  // where nothing is managed: what view_ looks into
     TensorView view_;
+};
+
+// A tensor at first sight: what is asked of it before it is opened, without a capsule where torch can describe it.
+class Glimpse {
+  public:
+    explicit Glimpse(const py::handle& object)
+        : object_(object), tensor_(Torch::is_tensor(object)), described_(tensor_ && Torch::describe(object, shown_)) {}
+    // In the CPU's memory, and not to be read with the other sign.
+    bool plain() const { return tensor_ && on_cpu() && !Torch::is_neg(object_); }
+    int64_t dim() const { return described_ ? shown_.ndim : Torch::dim(object_); }
+    // Of a plain one.
+    TensorArg open(const char* name) const {
+        return described_ ? TensorArg(object_, shown_, name) : TensorArg::of_plain(object_, name);
+    }
+
+  private:
+    bool on_cpu() const {
+        if (!described_) return Torch::is_cpu(object_);
+        return shown_.device_type == dlpack::kCpu || shown_.device_type == dlpack::kCudaHost;
+    }
+    py::handle object_;
+    dlpack::Tensor shown_;
+    bool tensor_, described_;
 };
 
 inline void require(bool condition, const char* message) {

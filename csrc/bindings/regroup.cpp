@@ -1,5 +1,6 @@
 // regroup, and the segments that it works on.
 #include "bindings/arguments.h"
+#include "cpu/short_buffer.h"
 #ifdef MUDSC_FAST_CUDA_ARCHS
 #include "cuda/launch.h"
 #endif
@@ -68,14 +69,18 @@ std::pair<const char*, const char*> span_of(const TensorView& t) {
 // Whether `out` can take the result as it is: every element at an address of its own, none of them shared with `in`.
 bool fits_out(const TensorView& in, const TensorView& out, int dim, int64_t size) {
     if (out.ndim != in.ndim || out.dtype != in.dtype) return false;
-    std::vector<std::pair<int64_t, int64_t>> steps;
+    std::pair<int64_t, int64_t> steps[kMaxDims];  // (stride, length), rising
+    int count = 0;
     for (int d = 0; d < out.ndim; ++d) {
         if (out.shape[d] != (d == dim ? size : in.shape[d]) || out.shape[d] == 0 || in.shape[d] == 0) return false;
-        if (out.shape[d] > 1) steps.emplace_back(out.strides[d], out.shape[d]);
+        if (out.shape[d] == 1) continue;
+        int at = count++;
+        for (; at > 0 && steps[at - 1].first > out.strides[d]; --at) steps[at] = steps[at - 1];
+        steps[at] = {out.strides[d], out.shape[d]};
     }
-    std::sort(steps.begin(), steps.end());
     int64_t reach = 0;
-    for (const auto& [stride, length] : steps) {
+    for (int d = 0; d < count; ++d) {
+        const auto [stride, length] = steps[d];
         if (stride <= reach) return false;
         reach += stride * (length - 1);
     }
@@ -84,42 +89,52 @@ bool fits_out(const TensorView& in, const TensorView& out, int dim, int64_t size
     return out_last < in_first || in_last < out_first;
 }
 
+// An int, and not one of another type that can be read as one.
+bool whole(const py::handle& object, int64_t* value) {
+    if (!PyLong_CheckExact(object.ptr())) return false;
+    int overflow = 0;
+    *value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+    return overflow == 0;
+}
+
 // The usual call in one step: plain CPU tensors of a type that can be summed. False, and nothing written, for anything
 // else, mistakes included: the public function then looks at each argument and says what is wrong.
-bool regroup_plain(const py::handle& in_obj, const py::handle& labels_obj, int64_t dim, int64_t size,
-                   const py::handle& scale_obj, const py::handle& out_obj, int threads) {
-    const auto plain = [](const py::handle& t) { return Torch::is_tensor(t) && Torch::is_cpu(t) && !Torch::is_neg(t); };
-    if (!plain(in_obj) || !plain(labels_obj) || !plain(out_obj) || Torch::requires_grad(out_obj)) return false;
-    if (!scale_obj.is_none() && !plain(scale_obj)) return false;
-    if (Torch::dim(in_obj) > kMaxDims || Torch::dim(out_obj) > kMaxDims) return false;
-    const TensorArg in = TensorArg::of_plain(in_obj, "tensor"), labels = TensorArg::of_plain(labels_obj, "labels");
-    const TensorArg out = TensorArg::of_plain(out_obj, "out");
+bool regroup_plain(const py::handle& in_obj, const py::handle& labels_obj, const py::handle& dim_obj,
+                   const py::handle& size_obj, const py::handle& scale_obj, const py::handle& out_obj) {
+    int64_t dim = 0, size = 0;
+    if (!whole(dim_obj, &dim) || !whole(size_obj, &size) || size < 0) return false;
+    const bool scaled = !scale_obj.is_none();
+    const Glimpse in_seen(in_obj), labels_seen(labels_obj), out_seen(out_obj), scale_seen(scale_obj);
+    if (!in_seen.plain() || !labels_seen.plain() || !out_seen.plain() || Torch::requires_grad(out_obj)) return false;
+    if (scaled && !scale_seen.plain()) return false;
+    if (in_seen.dim() > kMaxDims || out_seen.dim() > kMaxDims) return false;
+    const TensorArg in = in_seen.open("tensor"), labels = labels_seen.open("labels"), out = out_seen.open("out");
     const bool summable =
         in->dtype == Dtype::f32 || in->dtype == Dtype::bf16 || in->dtype == Dtype::f16 || in->dtype == Dtype::f64;
-    if (!summable || dim < -in->ndim || dim >= in->ndim || size < 0) return false;
+    if (!summable || dim < -in->ndim || dim >= in->ndim) return false;
     const int axis = static_cast<int>(dim < 0 ? dim + in->ndim : dim);
     const int64_t n = in->shape[axis];
     if (labels->dtype != Dtype::i64 || labels->ndim != 1 || labels->shape[0] != n ||
         (n > 1 && labels->strides[0] != 1) || !fits_out(*in, *out, axis, size)) {
         return false;
     }
-    std::vector<double> scale;
-    if (!scale_obj.is_none()) {
-        const TensorArg given = TensorArg::of_plain(scale_obj, "scale");
+    const ShortBuffer<double> scale(scaled ? size : 0);
+    const ShortBuffer<int64_t> start(size + 1), member(n);
+    if (!scale || !start || !member) throw std::bad_alloc();
+    if (scaled) {
+        const TensorArg given = scale_seen.open("scale");
         if (given->ndim != 1 || given->shape[0] != size) return false;
         if (given->dtype != Dtype::f32 && given->dtype != Dtype::f64) return false;
-        scale.reserve(static_cast<size_t>(size));
         for (int64_t j = 0; j < size; ++j) {
             const int64_t at = j * given->strides[0];
-            scale.push_back(given->dtype == Dtype::f64 ? given->as<double>()[at] : given->as<float>()[at]);
+            scale[j] = given->dtype == Dtype::f64 ? given->as<double>()[at] : given->as<float>()[at];
         }
     }
-    std::vector<int64_t> start(static_cast<size_t>(size) + 1), member(static_cast<size_t>(n));
-    if (fill_segments(labels->as<int64_t>(), n, size, start.data(), member.data()) < 0) return false;
-    RegroupArgs a = regroup_args(*in, *out, axis, threads);
-    a.ptr = start.data();
-    a.members = member.data();
-    a.scale = scale.empty() ? nullptr : scale.data();
+    if (fill_segments(labels->as<int64_t>(), n, size, start.get(), member.get()) < 0) return false;
+    RegroupArgs a = regroup_args(*in, *out, axis, Torch::threads());
+    a.ptr = start.get();
+    a.members = member.get();
+    a.scale = scaled ? scale.get() : nullptr;
     check(without_gil([&](const KernelTable& table) { return table.regroup(a); }), "regroup");
     return true;
 }
@@ -177,7 +192,7 @@ void regroup_cuda(const py::object& in_obj, const py::object& out_obj, int dim, 
 void bind_regroup(py::module_& m) {
     m.def("segments", &segments, py::arg("labels"), py::arg("ptr"), py::arg("members"));
     m.def("regroup_plain", &regroup_plain, py::arg("tensor"), py::arg("labels"), py::arg("dim"), py::arg("size"),
-          py::arg("scale"), py::arg("out"), py::arg("threads"));
+          py::arg("scale"), py::arg("out"));
     m.def("regroup", &regroup, py::arg("tensor"), py::arg("out"), py::arg("dim"), py::arg("ptr"), py::arg("members"),
           py::arg("scale"), py::arg("threads"));
 #ifdef MUDSC_FAST_CUDA_ARCHS

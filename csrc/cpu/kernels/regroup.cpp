@@ -6,6 +6,7 @@
 
 #include "cpu/kernels/regroup_short.h"
 #include "cpu/kernels/regroup_tile.h"
+#include "cpu/short_buffer.h"
 
 namespace mudsc {
 namespace MUDSC_ISA {
@@ -299,9 +300,9 @@ bool run_tiles(const Plan& p) {
     t.in_units = p.in_units;
     if (t.in_units > kTileUnits || t.in_units < in_vector / 2) return false;
     const int64_t padded = ceil_div(l.units, in_vector) * in_vector;
-    Buffer<int32_t> at(Worker::kSums ? members : padded);
+    ShortBuffer<int32_t> at(Worker::kSums ? members : padded);
     if (!at) return false;
-    Buffer<uint8_t> pairs(Worker::kSums ? padded / in_vector : 0);
+    ShortBuffer<uint8_t> pairs(Worker::kSums ? padded / in_vector : 0);
     if (!pairs) return false;
     if (Worker::kSums) {
         for (int64_t m = 0; m < members; ++m) at[m] = line_of<T>(p.a.members[m]);
@@ -360,12 +361,12 @@ Status regroup(const RegroupArgs& a) {
     }
     const Layout l = canonical(a);
     const int64_t members = a.ptr[l.units];
-    Buffer<int64_t> at(members);
+    ShortBuffer<int64_t> at(members);
     if (!at) return Status::no_memory;
     for (int64_t m = 0; m < members; ++m) at[m] = a.members[m] * l.unit_in;
     const bool packed = l.unit_in == l.inner && l.unit_out == l.inner;
     const bool rows_of_units = l.unit_out == 1, nearby = rows_of_units || packed;
-    Buffer<int32_t> near(nearby ? members : 0);
+    ShortBuffer<int32_t> near(nearby ? members : 0);
     if (!near) return Status::no_memory;
     bool fits = nearby;
     for (int64_t m = 0; m < members && fits; ++m) {
@@ -380,7 +381,7 @@ Status regroup(const RegroupArgs& a) {
     int64_t in_units = 0;
     for (int64_t m = 0; m < members; ++m) in_units = max64(in_units, a.members[m] + 1);
     const int64_t bytes = l.outer * l.units * l.inner * a.element_bytes;
-    Buffer<float> scale(a.scale != nullptr ? l.units : 0);
+    ShortBuffer<float> scale(a.scale != nullptr ? l.units : 0);
     if (!scale) return Status::no_memory;
     for (int64_t j = 0; a.scale != nullptr && j < l.units; ++j) scale[j] = static_cast<float>(a.scale[j]);
     int64_t reach = 0;

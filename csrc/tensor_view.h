@@ -30,8 +30,8 @@ struct ManagedTensor {
     void (*deleter)(ManagedTensor*);
 };
 
-// What a type's __dlpack_c_exchange_api__ points at (DLPack 1.3; torch has it since 2.10): a tensor described in place,
-// without a capsule. Only what is used here has its type.
+// What a type's __dlpack_c_exchange_api__ points at (DLPack 1.3; newer versions of torch have one): a tensor
+// described in place, without a capsule. Only what is used here has its type.
 struct ExchangeApi {
     uint32_t major, minor;
     void* previous;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import golden_cases
 import pytest
 import torch
@@ -305,3 +308,48 @@ def test_strides_past_32_bits(isa: str) -> None:
             order = torch.randperm(shape[dim])
             got = mf.regroup(tensor, order.argsort(), dim, shape[dim])
             assert torch.equal(got, tensor.index_select(dim, order))
+
+
+def test_a_torch_that_describes_no_tensor_in_place() -> None:
+    # Older ones have no exchange table, or a number in its place: tensors then come in capsules, with the same result.
+    code = (
+        "import sys, torch\n"
+        "if sys.argv[1] == 'number': torch.Tensor.__dlpack_c_exchange_api__ = 1\n"
+        "elif sys.argv[1] == 'none' and hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
+        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "import mudsc_fast as mf\n"
+        "x = torch.arange(24.0).reshape(2, 4, 3)\n"
+        "out, labels, scale = torch.empty(2, 2, 3), torch.tensor([1, 0, 1, 0]), torch.tensor([0.5, 2.0])\n"
+        "mf.regroup(x, labels, 1, 2, scale, out=out)\n"
+        "mirrored = torch.complex(x, x).conj().imag\n"
+        "print(out.tolist(), mf.regroup(mirrored, labels, 1, 2).tolist())\n"
+        "try: mf.regroup(x.to_sparse(), labels, 1, 2, out=out)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    printed = [
+        subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=True).stdout
+        for kind in ("as it is", "none", "number")
+    ]
+    x, labels, scale = torch.arange(24.0).reshape(2, 4, 3), torch.tensor([1, 0, 1, 0]), torch.tensor([0.5, 2.0])
+    want = mf.reference.regroup(x, labels, 1, 2, scale).tolist(), mf.reference.regroup(-x, labels, 1, 2).tolist()
+    assert printed[0].startswith(f"{want[0]} {want[1]}\n")
+    assert printed[1] == printed[2] == printed[0]
+
+
+def test_calls_keep_no_reference_and_change_none() -> None:
+    x, labels, scale = torch.randn(3, 8), torch.arange(8) // 2, torch.rand(4)
+    out = torch.empty(3, 4)
+    given = (x, labels, scale, out, None, True, False)
+    before = [sys.getrefcount(one) for one in given]
+    for _ in range(1000):
+        assert mf.regroup(x, labels, 1, 4, scale, out=out) is out
+        mf.regroup(x, labels, 1, 4, out=out)
+        with pytest.raises(ValueError, match=r"labels: expected 0 <= label < 3"):
+            mf.regroup(x, labels, 1, 3, scale[:3], out=out[:, :3])
+    assert all(abs(sys.getrefcount(one) - count) < 500 for one, count in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("dim", [2**70, -(2**70)])
+def test_a_dim_past_64_bits_is_refused_by_name(dim: int) -> None:
+    with pytest.raises(ValueError, match=r"dim: expected -2\.\.1"):
+        mf.regroup(torch.randn(3, 8), torch.arange(8), dim, 8, out=torch.empty(3, 8))

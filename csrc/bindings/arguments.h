@@ -50,7 +50,8 @@ class Torch {
         return checked(PyObject_GetAttr(tensor.ptr(), names().ndim)).cast<int64_t>();
     }
     static int threads() { return checked(PyObject_CallNoArgs(names().get_num_threads)).cast<int>(); }
-    // A tensor described in place, a tenth of a capsule's cost; false where this torch cannot, or not this tensor.
+    // A tensor described in place, which takes 0.17 us less than a capsule; false where this torch cannot, or not this
+    // tensor. As in a call of torch's own, no other thread may give the tensor other memory before the call ends.
     static bool describe(const py::handle& tensor, dlpack::Tensor& out) {
         const dlpack::ExchangeApi* api = names().exchange;
         if (api != nullptr && api->describe(tensor.ptr(), &out) == 0) return true;
@@ -152,7 +153,7 @@ class TensorArg {
     }
 
     dlpack::ManagedTensor* managed_ = nullptr;
-    py::object described_;  // where nothing is managed: what view_ looks into
+    py::object described_;  // where nothing is managed: the tensor that view_ looks into
     TensorView view_;
 };
 

@@ -7,8 +7,8 @@ _REASONS = (
     (
         "regroup",
         "segment mean dim 1 512x512x3x3 bfloat16",
-        "a unit of nine elements is a vector of 16: 38 instructions, half of the lanes for nothing, where a copy "
-        "in the last cache moves it in 0.6 ns",
+        "three units of nine are summed at once, 31 instructions: 0.94 ns a unit in L1 alone and 1.2 in the "
+        "caches behind it, where a copy moves its two members in 0.9 to 1.1: 0.65 to 0.81 of a copy",
     ),
     (
         "regroup",

@@ -142,6 +142,30 @@ def test_bfloat16_means_are_rounded_as_torch_rounds(isa: str, shape: tuple[int, 
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
+@pytest.mark.parametrize("scaled", ["alike", "each", "none"])
+def test_means_of_nine_elements_stay_in_their_rows(isa: str, scaled: str) -> None:
+    # Rows of 1 to 40 units of 3 x 3: alone in memory, and in the middle of longer rows that are to stay as they were.
+    generator = torch.Generator().manual_seed(5)
+    for units in range(1, 41):
+        bits = torch.randint(-(2**15), 2**15, (3, 2 * units + 2, 3, 3), generator=generator, dtype=torch.int16)
+        bits[::2] = (bits[::2] & 0x3FF) + 0x3F00  # the middle row alone has NaN, infinities and subnormal numbers
+        bits[2, -3, 2, 2] = 1
+        wide = bits.view(torch.bfloat16)
+        labels = torch.randperm(2 * units, generator=generator) // 2
+        scale = {"alike": torch.full((units,), 0.5), "each": torch.rand(units, generator=generator), "none": None}[
+            scaled
+        ]
+        for tensor in (wide[:, 1:-1].contiguous(), wide[:, 1:-1], wide[1:2, 1:-1]):
+            want = torch.zeros(tensor.shape[0], units, 3, 3).index_add_(1, labels, tensor.float())
+            want = (want if scale is None else want * scale[:, None, None]).bfloat16()
+            room = torch.full((tensor.shape[0], units + 4, 3, 3), 7.0, dtype=torch.bfloat16)
+            mf.regroup(tensor, labels, 1, units, scale, out=room[:, 2:-2])
+            for got in (room[:, 2:-2], mf.regroup(tensor, labels, 1, units, scale)):
+                torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            assert bool((room[:, :2] == 7).all())
+            assert bool((room[:, -2:] == 7).all())
+
+
 def test_threads_change_nothing(isa: str) -> None:
     tensor = torch.randn(300, 5000)
     labels = torch.randint(3000, (5000,))

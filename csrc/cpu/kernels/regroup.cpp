@@ -4,6 +4,7 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/kernels/regroup_nines.h"
 #include "cpu/kernels/regroup_short.h"
 #include "cpu/kernels/regroup_tile.h"
 #include "cpu/short_buffer.h"
@@ -129,6 +130,13 @@ struct Summer {
     void contiguous(T* out, const T* in, int64_t j0, int64_t j1, Ahead ahead) const {
         if (p.packed && p.near != nullptr && p.l.inner <= kWide) {
             const int64_t readable = p.in_units * p.l.inner;
+#if defined(__AVX512BF16__)
+            if constexpr (kBf16<T>) {
+                const int64_t behind = p.reach - (in - static_cast<const T*>(p.a.in));
+                if (p.alike && p.l.inner == kNine && j1 - j0 >= kThree && behind >= kNinesRead - kNine)
+                    return sum_row_of_nines(out + j0 * kNine, in, p.near + 2 * j0, factor(j0), j1 - j0, ahead);
+            }
+#endif
             const auto by = [this](int64_t j) { return factor(j); };
             sum_short<T>(out, in, p.a.ptr, p.near, by, p.l.inner, readable, j0, j1, ahead);
             return;
@@ -384,11 +392,14 @@ Status regroup(const RegroupArgs& a) {
     ShortBuffer<float> scale(a.scale != nullptr ? l.units : 0);
     if (!scale) return Status::no_memory;
     for (int64_t j = 0; a.scale != nullptr && j < l.units; ++j) scale[j] = static_cast<float>(a.scale[j]);
+    bool alike = !single;
+    for (int64_t j = 0; j < l.units && alike; ++j)
+        alike = a.ptr[j + 1] - a.ptr[j] == 2 && (a.scale == nullptr || a.scale[j] == a.scale[0]);
     int64_t reach = 0;
     for (int d = 0; d < l.n; ++d) reach += max64(0, (l.shape[d] - 1) * l.in[d]);
     const float* factors = a.scale != nullptr ? scale.get() : nullptr;
-    const Plan plan{a,     l,      at.get(), fits ? near.get() : nullptr, factors,          in_units,
-                    reach, packed, full,     bytes >= cache_bytes(),      bytes > kFarBytes};
+    const Plan plan{a,      l,    at.get(), fits ? near.get() : nullptr, factors,          in_units, reach,
+                    packed, full, alike,    bytes >= cache_bytes(),      bytes > kFarBytes};
     if (single) {
         switch (a.element_bytes) {
             case 1: run_best<Mover<uint8_t>>(plan); return Status::ok;

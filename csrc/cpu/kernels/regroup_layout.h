@@ -202,6 +202,7 @@ struct Plan {
     int64_t reach;       // elements from the first outer index of `in` to its last
     bool packed;         // each unit's run begins where the one before ends, on both sides
     bool full;           // every unit has one member exactly, so unit j's is at[j]
+    bool alike;          // every unit is a sum of two members, by one factor
     bool stream;
     bool far;  // larger than what the second cache and its surroundings hold
 };

@@ -28,6 +28,10 @@ LONGEST = 4.0
 CLEAR = 2.0
 # Rounds at the least for two contenders that take turns.
 TURNS = 3
+# Contenders on which the verdict hangs go on taking turns for so long, in seconds and as a share of the row's budget,
+# and at most for so many rounds: what else runs on the machine comes and goes within tenths of a second.
+STEADY = 1.0, 1 / 6
+MOST_ROUNDS = 101
 # MiB. A first run that takes more memory than this from the system waits for it for seconds, where the machine is a
 # virtual one whose host gives pages on first touch: ours is then timed in further runs, however long they are.
 FRESH_MEMORY = 1024.0
@@ -238,7 +242,7 @@ def _take_turns(
     row: Row, running: Sequence[Contender], first: dict[str, float], budget: float, fresh: bool = False
 ) -> dict[str, list[float]]:
     """Times of each contender. What takes long and decides nothing keeps its first time, that of its check; ``fresh``:
-    ours does not, since that went into fetching memory."""
+    ours does not, since that went into fetching memory. Rounds beyond the row's own are of those that decide."""
     times: dict[str, list[float]] = {c.name: [] for c in running}
     repeated = {OURS, *_decisive(row, first)}
     once = {name for name, taken in first.items() if taken > (LONGEST if name in repeated else LONG)}
@@ -250,12 +254,16 @@ def _take_turns(
     again = {c.name: _seconds(c) if first[c.name] < 2e-2 else first[c.name] for c in turns}
     repeats = {c.name: max(1, min(1000, int(2e-3 / max(again[c.name], 1e-7)))) for c in turns}
     least = TURNS if len(turns) > 1 else 1
+    steady = min(STEADY[0], STEADY[1] * budget)
     start = time.perf_counter()
-    for done in range(row.rounds if turns else 0):
+    decided = [c for c in turns if c.name in repeated]
+    for done in range(MOST_ROUNDS if turns else 0):
         passed = time.perf_counter() - start
         if done >= least and passed * (done + 1) / done > budget:
             break
-        for c in turns:
+        if done >= row.rounds and (len(decided) < 2 or passed > steady):
+            break
+        for c in turns if done < row.rounds else decided:
             if c.run is None:
                 continue
             begin = time.perf_counter()
@@ -286,8 +294,8 @@ def _judge(row: Row, result: Result, times: dict[str, list[float]]) -> None:
     for name, taken in times.items():
         if name == OURS:
             continue
-        if len(taken) == len(ours):
-            result.ratios[name] = statistics.median(t / o for t, o in zip(taken, ours, strict=True))
+        if 1 < len(taken) <= len(ours):  # what decides nothing was in the first rounds alone
+            result.ratios[name] = statistics.median(t / o for t, o in zip(taken, ours, strict=False))
         else:
             result.ratios[name] = statistics.median(taken) / statistics.median(ours)
     if row.against == "best":

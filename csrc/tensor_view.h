@@ -73,6 +73,10 @@ struct TensorView {
             strides[d] = t.strides != nullptr ? t.strides[d] : contiguous;
             contiguous *= t.shape[d];
         }
+        if (t.data == nullptr && contiguous != 0) {  // inside functionalize, or of a tensor that is only described
+            throw std::invalid_argument(std::string(name) +
+                                        ": has no memory of its own, as inside torch.func transforms; call it outside");
+        }
     }
 
     int64_t numel() const {

@@ -64,6 +64,25 @@ def test_missing_peers_are_named_and_best_is_the_fastest_of_the_rest() -> None:
     assert suite.line(result).startswith("LOW")
 
 
+def test_what_decides_goes_on_taking_turns() -> None:
+    calls = {OURS: 0, "near": 0, "far": 0}
+
+    def counted(name: str, seconds: float) -> Contender:
+        def run() -> float:
+            calls[name] += 1
+            time.sleep(seconds)
+            return 1.0
+
+        return Contender(name, run)
+
+    contenders = [counted(OURS, 0.003), counted("near", 0.004), counted("far", 0.1)]
+    result = run_row(row(contenders, against="near", target=1.0, rounds=3), budget=3.0)
+    assert calls["far"] == 4  # its check and three rounds
+    assert 20 < calls["near"] <= 103
+    assert result.ratios["near"] > 1
+    assert result.ratios["far"] > 10
+
+
 def test_growth_exponent() -> None:
     results = [Result("op", "case", n, 1, seconds={OURS: 3e-9 * n**2.5}) for n in (64, 128, 512, 1024)]
     assert growth(results)["op", "case", 1] == (pytest.approx(2.5), 64, 1024)

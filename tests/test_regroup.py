@@ -377,3 +377,12 @@ def test_calls_keep_no_reference_and_change_none() -> None:
 def test_a_dim_past_64_bits_is_refused_by_name(dim: int) -> None:
     with pytest.raises(ValueError, match=r"dim: expected -2\.\.1"):
         mf.regroup(torch.randn(3, 8), torch.arange(8), dim, 8, out=torch.empty(3, 8))
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    labels = torch.tensor([2, 0, 1])
+    with pytest.raises(ValueError, match=r"has no memory of its own, as inside torch\.func"):
+        torch.func.functionalize(lambda x: mf.regroup(x, labels, 0, 3))(torch.ones(3, 2))
+    with pytest.raises(ValueError, match="has no memory of its own"):
+        torch.func.functionalize(lambda x: mf.zip_units(x))(torch.ones(4, 4))
+    assert mf.regroup(torch.ones(0, 2), torch.ones(0, dtype=torch.int64), 0, 3).shape == (3, 2)

@@ -25,7 +25,7 @@ from .reasons import reason
 GROWTH_TARGETS = {("zip", "one block"): (2.2, 8192), ("zip", "32 blocks"): (2.2, 8192)}
 OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
 # Seconds that each op takes on two cores (AMD Zen 4) that do nothing else: what a whole run is planned to need.
-PREDICTED = {"covariance": 100, "similarity": 60, "assign": 340, "zip": 160, "regroup": 60, "pipeline": 160}
+PREDICTED = {"covariance": 115, "similarity": 65, "assign": 350, "zip": 135, "regroup": 65, "pipeline": 180}
 
 
 def run(

@@ -119,13 +119,14 @@ struct Summer {
             return from_f32<T>(x);
         }
     }
-    Acc factor(int64_t j) const {
+    const Acc* factors() const {
         if constexpr (sizeof(Acc) == 8) {
-            return p.a.scale != nullptr ? p.a.scale[j] : Acc{1};
+            return p.exact_scale;
         } else {
-            return p.scale != nullptr ? p.scale[j] : Acc{1};
+            return p.scale;
         }
     }
+    Acc factor(int64_t j) const { return factors()[j]; }
 
     void contiguous(T* out, const T* in, int64_t j0, int64_t j1, Ahead ahead) const {
         if (p.packed && p.near != nullptr && p.l.inner <= kWide) {
@@ -179,14 +180,12 @@ struct Summer {
 
 #if defined(MUDSC_TILES)
     // Units [j, j + n) of a tile, each as a line.
-    void lines(const char* from, const int32_t* at, int64_t j, int64_t n, char* to) const {
+    void lines(const char* from, const int32_t* at, int64_t j, int64_t n, Vector* to) const {
         int64_t m = p.a.ptr[j];
         for (int64_t k = 0; k < n; ++k) {
             Sum<T, kVector> sum;
-            for (const int64_t end = p.a.ptr[j + k + 1]; m < end; ++m) {
-                add_lanes(sum, [&](int lane) { return from + at[m] + lane * kVector; });
-            }
-            store_sum(sum, to + k * kVector, factor(j + k));
+            for (const int64_t end = p.a.ptr[j + k + 1]; m < end; ++m) sum.add(from + at[m]);
+            store_sum(sum, to + k, factor(j + k));
         }
     }
 #endif
@@ -389,17 +388,29 @@ Status regroup(const RegroupArgs& a) {
     int64_t in_units = 0;
     for (int64_t m = 0; m < members; ++m) in_units = max64(in_units, a.members[m] + 1);
     const int64_t bytes = l.outer * l.units * l.inner * a.element_bytes;
-    ShortBuffer<float> scale(a.scale != nullptr ? l.units : 0);
-    if (!scale) return Status::no_memory;
-    for (int64_t j = 0; a.scale != nullptr && j < l.units; ++j) scale[j] = static_cast<float>(a.scale[j]);
+    ShortBuffer<float> scale(single ? 0 : l.units);
+    ShortBuffer<double> ones(single || a.scale != nullptr ? 0 : l.units);
+    if (!scale || !ones) return Status::no_memory;
+    for (int64_t j = 0; !single && j < l.units; ++j) scale[j] = a.scale != nullptr ? static_cast<float>(a.scale[j]) : 1;
+    for (int64_t j = 0; !single && a.scale == nullptr && j < l.units; ++j) ones[j] = 1;
     bool alike = !single;
     for (int64_t j = 0; j < l.units && alike; ++j)
         alike = a.ptr[j + 1] - a.ptr[j] == 2 && (a.scale == nullptr || a.scale[j] == a.scale[0]);
     int64_t reach = 0;
     for (int d = 0; d < l.n; ++d) reach += max64(0, (l.shape[d] - 1) * l.in[d]);
-    const float* factors = a.scale != nullptr ? scale.get() : nullptr;
-    const Plan plan{a,      l,    at.get(), fits ? near.get() : nullptr, factors,          in_units, reach,
-                    packed, full, alike,    bytes >= cache_bytes(),      bytes > kFarBytes};
+    const Plan plan{a,
+                    l,
+                    at.get(),
+                    fits ? near.get() : nullptr,
+                    scale.get(),
+                    a.scale != nullptr ? a.scale : ones.get(),
+                    in_units,
+                    reach,
+                    packed,
+                    full,
+                    alike,
+                    bytes >= cache_bytes(),
+                    bytes > kFarBytes};
     if (single) {
         switch (a.element_bytes) {
             case 1: run_best<Mover<uint8_t>>(plan); return Status::ok;

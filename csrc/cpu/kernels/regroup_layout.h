@@ -110,6 +110,9 @@ inline void stream_line(char* out, const char* in) {
 #endif
 }
 
+#if defined(__AVX512F__)
+constexpr __mmask16 kAll = 0xffff;  // GCC 12 takes what instructions without a mask leave open for a mistake
+#endif
 #if defined(__AVX512BF16__)
 constexpr int kSubnormal = 0x20;  // what vfpclassps is asked for
 #endif
@@ -197,12 +200,13 @@ struct Plan {
     const int64_t* at;  // [members]
     const int32_t*
         near;  // [members] the same where it fits, for rows of units and for packed ones: half the cache; or null
-    const float* scale;  // [units] the factors of float sums; or null
-    int64_t in_units;    // positions of the unit axis that are read
-    int64_t reach;       // elements from the first outer index of `in` to its last
-    bool packed;         // each unit's run begins where the one before ends, on both sides
-    bool full;           // every unit has one member exactly, so unit j's is at[j]
-    bool alike;          // every unit is a sum of two members, by one factor
+    const float* scale;         // [units] the factors of sums, as floats
+    const double* exact_scale;  // [units] and as doubles
+    int64_t in_units;           // positions of the unit axis that are read
+    int64_t reach;              // elements from the first outer index of `in` to its last
+    bool packed;                // each unit's run begins where the one before ends, on both sides
+    bool full;                  // every unit has one member exactly, so unit j's is at[j]
+    bool alike;                 // every unit is a sum of two members, by one factor
     bool stream;
     bool far;  // larger than what the second cache and its surroundings hold
 };

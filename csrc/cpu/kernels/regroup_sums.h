@@ -15,26 +15,6 @@ struct VectorsOf {
     typedef uint32_t Bits __attribute__((vector_size(Bytes)));
 };
 
-// One factor for the lower half of a vector and one for the upper.
-template <typename Acc>
-struct Halves {
-    Acc low, high;
-};
-
-// Through references: vectors wider than the registers are not to be returned.
-template <typename Vector, typename Acc>
-inline void scale_by(Vector& x, Acc by) {
-    x *= by;
-}
-template <typename Vector, typename Acc>
-inline void scale_by(Vector& x, const Halves<Acc>& by) {
-    constexpr int n = static_cast<int>(sizeof(Vector) / sizeof(Acc));
-    Vector factor;
-#pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) factor[k] = k < n / 2 ? by.low : by.high;
-    x *= factor;
-}
-
 // The sum of runs of `Bytes`. `quick` scales, rounds and stores it; where it returns true, `exact` is to follow: there
 // are numbers among them that it rounds wrongly.
 template <typename T, int Bytes>
@@ -49,14 +29,13 @@ struct PlainSum {
         memcpy(&x, in, sizeof x);
         sum += x;
     }
-    template <typename By>
-    void exact(void* out, const By& by) const {
-        Vector x = sum;
-        scale_by(x, by);
+    template <typename Acc>
+    void exact(void* out, Acc by) const {
+        const Vector x = sum * by;
         memcpy(out, &x, sizeof x);
     }
-    template <typename By>
-    bool quick(void* out, const By& by) const {
+    template <typename Acc>
+    bool quick(void* out, Acc by) const {
         exact(out, by);
         return false;
     }
@@ -80,20 +59,11 @@ struct Sum<bf16, Bytes> {
         even += a;
         odd += b;
     }
-    template <typename By>
-    bool quick(void* out, const By& by) const {
-        Floats a = even, b = odd;
-        scale_by(a, by);
-        scale_by(b, by);
+    bool quick(void* out, float by) const {
+        const Floats a = even * by, b = odd * by;
 #if defined(__AVX512BF16__)
         // The instruction takes subnormal numbers for zero, and is right about NaN.
-        if constexpr (Bytes == 32) {
-            const __m256 x = reinterpret_cast<__m256>(a), y = reinterpret_cast<__m256>(b);
-            const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
-            const auto both = reinterpret_cast<__m256i>(_mm256_cvtne2ps_pbh(y, x));
-            _mm256_storeu_si256(static_cast<__m256i*>(out), _mm256_permutexvar_epi16(order, both));
-            return (_mm256_fpclass_ps_mask(x, kSubnormal) | _mm256_fpclass_ps_mask(y, kSubnormal)) != 0;
-        } else if constexpr (Bytes == 64) {
+        if constexpr (Bytes == 64) {
             const __m512 x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
             const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                    22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -109,11 +79,8 @@ struct Sum<bf16, Bytes> {
         memcpy(out, &pairs, sizeof pairs);
         return any((Bits)(a != a) | (Bits)(b != b));
     }
-    template <typename By>
-    void exact(void* out, const By& by) const {
-        Floats each[2] = {even, odd};
-        scale_by(each[0], by);
-        scale_by(each[1], by);
+    void exact(void* out, float by) const {
+        const Floats each[2] = {even * by, odd * by};
         bf16 to[Bytes / 2];
         for (int k = 0; k < Bytes / 2; ++k) to[k] = from_f32<bf16>(each[k % 2][k / 2]);
         memcpy(out, to, sizeof to);
@@ -142,8 +109,7 @@ struct Sum<bf16, Bytes> {
 
 template <int Bytes>
 struct Sum<f16, Bytes> {
-    template <typename By>
-    bool quick(void* out, const By& by) const {
+    bool quick(void* out, float by) const {
         exact(out, by);
         return false;
     }
@@ -156,16 +122,11 @@ struct Sum<f16, Bytes> {
     void add(const void* in) {
         for (int k = 0; k < kParts; ++k) part[k] = _mm256_add_ps(part[k], load(in, k));
     }
-    // One part alone, as the lanes of a line lie apart.
-    void start_part(const void* in, int k) { part[k] = load(in, 0); }
-    void add_part(const void* in, int k) { part[k] = _mm256_add_ps(part[k], load(in, 0)); }
-    void exact(void* out, float by) const { exact(out, Halves<float>{by, by}); }
     // Two parts in one store: the vector is read as one, and stores of halves would keep that waiting.
-    void exact(void* out, const Halves<float>& by) const {
+    void exact(void* out, float by) const {
         static_assert(kParts % 2 == 0, "pairs of parts");
         for (int k = 0; k < kParts; k += 2) {
-            const __m128i x = narrow(part[k], k < kParts / 2 ? by.low : by.high);
-            const __m128i y = narrow(part[k + 1], k + 1 < kParts / 2 ? by.low : by.high);
+            const __m128i x = narrow(part[k], by), y = narrow(part[k + 1], by);
             const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1);
             _mm256_storeu_si256(static_cast<__m256i*>(out) + k / 2, both);
         }
@@ -195,8 +156,59 @@ struct Sum<f16, Bytes> {
 #endif
 };
 
-template <typename T, int Bytes, typename By>
-inline void store_sum(const Sum<T, Bytes>& sum, void* out, const By& by) {
+#if defined(__AVX512F__)
+// Sixteen numbers of 16 bits are one vector of floats.
+template <typename T>
+struct Sixteen {
+    __m512 sum = _mm512_setzero_ps();
+    void start(const void* in) { sum = T::widen(_mm256_loadu_si256(static_cast<const __m256i*>(in))); }
+    void add(const void* in) { sum += T::widen(_mm256_loadu_si256(static_cast<const __m256i*>(in))); }
+};
+
+template <>
+struct Sum<f16, 32> : Sixteen<Sum<f16, 32>> {
+    static __m512 widen(__m256i x) { return _mm512_maskz_cvtph_ps(kAll, x); }
+    void exact(void* out, float by) const {
+        const __m256i x = _mm512_maskz_cvtps_ph(kAll, sum * by, _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256(static_cast<__m256i*>(out), x);
+    }
+    bool quick(void* out, float by) const {
+        exact(out, by);
+        return false;
+    }
+};
+
+template <>
+struct Sum<bf16, 32> : Sixteen<Sum<bf16, 32>> {
+    static __m512 widen(__m256i x) {
+        return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, x), 16));
+    }
+    bool quick(void* out, float by) const {
+        const __m512 x = sum * by;
+#if defined(__AVX512BF16__)
+        _mm256_storeu_si256(static_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+        return _mm512_fpclass_ps_mask(x, kSubnormal) != 0;
+#else
+        // As from_f32 rounds all but NaN.
+        const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+        const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(kAll, bits, 16), one);
+        const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, half));
+        const __m512i upper = _mm512_maskz_srli_epi32(kAll, rounded, 16);
+        _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_maskz_cvtepi32_epi16(kAll, upper));
+        return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0;
+#endif
+    }
+    void exact(void* out, float by) const {
+        const __m512 x = sum * by;
+        bf16 to[16];
+        for (int k = 0; k < 16; ++k) to[k] = from_f32<bf16>(x[k]);
+        memcpy(out, to, sizeof to);
+    }
+};
+#endif
+
+template <typename T, int Bytes, typename Acc>
+inline void store_sum(const Sum<T, Bytes>& sum, void* out, Acc by) {
     if (sum.quick(out, by)) sum.exact(out, by);
 }
 

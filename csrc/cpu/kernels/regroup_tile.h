@@ -26,7 +26,7 @@ namespace {
         }                                                      \
     }
 
-// Lines are of 32 bytes also where there are registers of 64: a line of four lanes costs more loads than two of two.
+// Lines are of 32 bytes also where there are registers of 64, whose shuffles run at half the rate.
 #if defined(__AVX2__)
 #define MUDSC_TILES 1
 struct Vector {
@@ -38,6 +38,12 @@ struct Vector {
         return {_mm256_inserti128_si256(x, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(1))), 1)};
     }
     static Vector load(const char* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
+    // Lane `lane` of both, a's first.
+    template <int lane>
+    static Vector meet(Vector a, Vector b) {
+        return {lane == 0 ? _mm256_inserti128_si256(a.v, _mm256_castsi256_si128(b.v), 1)
+                          : _mm256_permute2x128_si256(a.v, b.v, 0x31)};
+    }
     void store(char* to) const { _mm256_store_si256(reinterpret_cast<__m256i*>(to), v); }
     MUDSC_INTERLEAVE(Vector, low, _mm256, lo, )
     MUDSC_INTERLEAVE(Vector, high, _mm256, hi, )
@@ -54,6 +60,10 @@ struct Vector {
     static Vector load(const char* from) {
         return lanes([&](int) { return from; });
     }
+    template <int lane>
+    static Vector meet(Vector a, Vector) {
+        return a;
+    }
     void store(char* to) const { _mm_store_si128(reinterpret_cast<__m128i*>(to), v); }
     MUDSC_INTERLEAVE(Vector, low, _mm, lo, )
     MUDSC_INTERLEAVE(Vector, high, _mm, hi, )
@@ -65,6 +75,8 @@ struct Vector {
 constexpr int64_t kVector = 16 * Vector::kLanes;  // bytes of a line
 constexpr int64_t kStage = 256;    // bytes of each output row that are put together before they are stored
 constexpr int64_t kForward = 512;  // bytes of each row that are asked for before they are read
+constexpr int64_t kTurn = 256;     // bytes of each row that are read in turn
+constexpr int64_t kManyRows = 16;  // from here on
 
 // What a row is read in: as much of it as a cache line at once, where there is such a register.
 #if defined(__AVX512BW__)
@@ -84,6 +96,13 @@ struct Long {
         memcpy(to, &v, kVector);
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + apart), _mm512_maskz_extracti64x4_epi64(0xff, v, 1));
     }
+    // Lines from the lanes of their first rows and those of their last ones.
+    static void weave(Long a, Long b, char* to) {
+        const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+        const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi64(a.v, front, b.v));
+        _mm512_storeu_si512(to + kCacheLine, _mm512_permutex2var_epi64(a.v, back, b.v));
+    }
     // With a mask of all elements: GCC 12 takes what the instructions without one leave open for a mistake.
 #define MUDSC_ALL (~uint64_t{0} >> (64 - 64 / Bytes)),
     MUDSC_INTERLEAVE(Long, low, _mm512_maskz, lo, MUDSC_ALL)
@@ -96,6 +115,10 @@ struct Long : Vector {
     Long(Vector x) : Vector(x) {}
     static Long load(const char* from) { return Vector::load(from); }
     void store(char* to, int64_t) const { Vector::store(to); }
+    static void weave(Long a, Long b, char* to) {
+        meet<0>(a, b).store(to);
+        if (kLanes > 1) meet<kLanes - 1>(a, b).store(to + kVector);
+    }
 };
 #endif
 #undef MUDSC_INTERLEAVE
@@ -133,17 +156,20 @@ inline void forget(const void* table) {
 #endif
 }
 
-// A tile as lines: a unit's first lane, of the tile's first rows, lies at line_of(unit), its next one kVector bytes
-// further, in the same cache line. Units are in the order in which the transposition leaves them.
+// A tile as lines: line_of(unit) is where a unit's first lane lies, of the tile's first rows. Its next one follows, or
+// lies kVector bytes further, in the same cache line, where it takes more registers than there are to put lines
+// together. Units are in the order in which the transposition leaves them.
 template <typename T>
 constexpr int64_t kBlock = kInLane<T> * Long::kLanes;  // units of a row that are read at once
+template <typename T>
+constexpr bool kWhole = kTileRows<T> <= 16;  // whether a unit's lanes follow each other
 template <typename T>
 inline int32_t line_of(int64_t unit) {
     constexpr uint32_t n = kInLane<T>, lanes = Vector::kLanes, block = kBlock<T>, line = kVector;
     const auto u = static_cast<uint32_t>(unit);
-    const uint32_t lane = u / n % Long::kLanes;
-    return static_cast<int32_t>(u / block * (block * line) + u % n * (Long::kLanes * line) +
-                                lane / lanes * (lanes * line) + lane % lanes * 16);
+    const uint32_t first = u / block * block + u % n * Long::kLanes, lane = u / n % Long::kLanes;
+    return static_cast<int32_t>(kWhole<T> ? (first + lane) * line
+                                          : (first + lane / lanes * lanes) * line + lane % lanes * 16);
 }
 template <typename T>
 inline int64_t lines_bytes(int64_t units) {
@@ -153,132 +179,120 @@ inline int64_t lines_bytes(int64_t units) {
 // One block of units of all rows: row(r) is where row r of the tile begins.
 template <typename T, typename Row>
 inline void spread_block(const Row& row, char* lines) {
-    constexpr int n = kInLane<T>;
+    constexpr int n = kInLane<T>, parts = Vector::kLanes;
+    constexpr int64_t apart = Long::kLanes * kVector;
+    Long x[parts][n];
 #pragma GCC unroll 2
-    for (int part = 0; part < Vector::kLanes; ++part) {
+    for (int part = 0; part < parts; ++part) {
         forget(lines);
-        Long x[n];
 #pragma GCC unroll 16
-        for (int e = 0; e < n; ++e) x[e] = Long::load(row(part * n + e));
-        transpose_lanes<T>(x);
+        for (int e = 0; e < n; ++e) x[part][e] = Long::load(row(part * n + e));
+        transpose_lanes<T>(x[part]);
 #pragma GCC unroll 16
-        for (int k = 0; k < n; ++k)
-            x[k].store(lines + k * Long::kLanes * kVector + part * kVector, Vector::kLanes * kVector);
+        for (int k = 0; k < n && !kWhole<T>; ++k) x[part][k].store(lines + k * apart + part * kVector, parts * kVector);
     }
+#pragma GCC unroll 16
+    for (int k = 0; k < n && kWhole<T>; ++k) Long::weave(x[0][k], x[parts - 1][k], lines + k * apart);
 }
 
-// Rows are asked for a little ahead, a line of every row in turn, and not the next tile's while this one is stored:
-// memory is quickest so, and L2 keeps this tile's lines.
+// Rows are asked for a little ahead, and not the next tile's while this one is stored: memory is quickest so, and L2
+// keeps this tile's lines. Many rows are read a few lines of each in turn, which are put together first: by single
+// lines the hardware would have more rows to foresee than it can.
 template <typename T>
 void spread(const T* const* rows, int64_t units, char* lines) {
     constexpr int64_t R = kTileRows<T>, size = static_cast<int64_t>(sizeof(T)), bytes = kBlock<T> * size;
+    const auto row = [&](int64_t r, int64_t u) { return reinterpret_cast<const char*>(rows[r] + u); };
     int64_t u = 0;
+    if constexpr (R >= kManyRows) {
+        constexpr int64_t turn = kTurn / size;
+        alignas(64) char near[R * kTurn];
+        for (; u + turn <= units; u += turn) {
+            for (int64_t r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+                for (int64_t b = 0; b < kTurn; b += kCacheLine) {
+                    __builtin_prefetch(row(r, u) + kForward + b, 0, 2);
+                    memcpy(near + r * kTurn + b, row(r, u) + b, kCacheLine);
+                }
+            }
+            for (int64_t k = 0; k < turn; k += kBlock<T>)
+                spread_block<T>([&](int r) { return near + r * kTurn + k * size; }, lines + (u + k) * kVector);
+        }
+    }
     for (; u + kBlock<T> <= units; u += kBlock<T>) {
         if (u * size % kCacheLine == 0) {
 #pragma GCC unroll 32
-            for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + u) + kForward, 0, 2);
+            for (int64_t r = 0; r < R; ++r) __builtin_prefetch(row(r, u) + kForward, 0, 2);
         }
-        spread_block<T>([&](int r) { return reinterpret_cast<const char*>(rows[r] + u); }, lines + u * kVector);
+        spread_block<T>([&](int r) { return row(r, u); }, lines + u * kVector);
     }
     if (u == units) return;
     alignas(64) char rest[R * bytes] = {};
-    for (int r = 0; r < R; ++r) memcpy(rest + r * bytes, rows[r] + u, static_cast<size_t>((units - u) * size));
+    for (int64_t r = 0; r < R; ++r) memcpy(rest + r * bytes, row(r, u), static_cast<size_t>((units - u) * size));
     spread_block<T>([&](int r) { return rest + r * bytes; }, lines + u * kVector);
 }
 
-// One vector of every row from as many units: units(x, part) loads the lanes of a part of the rows.
-template <typename T, typename Units>
-inline void collect(const Units& units, char* stage, int64_t stage_row) {
+// One vector of every row of a part, from one of as many units each: each lane of x from another n of them.
+template <typename T>
+inline void put_part(Vector (&x)[kInLane<T>], int part, char* stage, int64_t stage_row) {
     constexpr int n = kInLane<T>;
-#pragma GCC unroll 1
-    for (int part = 0; part < Vector::kLanes; ++part) {
-        Vector x[n];
-        units(x, part);
-        transpose_lanes<T>(x);
+    transpose_lanes<T>(x);
 #pragma GCC unroll 16
-        for (int k = 0; k < n; ++k) x[k].store(stage + (part * n + k) * stage_row);
-    }
+    for (int k = 0; k < n; ++k) x[k].store(stage + (part * n + k) * stage_row);
 }
 
-// The lanes of a line, added to a sum or its first.
-template <typename T, typename At>
-inline void start_lanes(Sum<T, kVector>& sum, const At& at) {
-    const Vector x = Vector::lanes(at);
-    sum.start(&x);
+// One vector of every row, from the lines of as many units.
+template <typename T>
+inline void put_rows(const Vector* line, char* stage, int64_t stage_row) {
+    constexpr int n = kInLane<T>, last = Vector::kLanes - 1;
+    Vector x[n];
+#pragma GCC unroll 16
+    for (int e = 0; e < n; ++e) x[e] = Vector::meet<0>(line[e], line[last * n + e]);
+    put_part<T>(x, 0, stage, stage_row);
+    if (last == 0) return;
+#pragma GCC unroll 16
+    for (int e = 0; e < n; ++e) x[e] = Vector::meet<last>(line[e], line[last * n + e]);
+    put_part<T>(x, last, stage, stage_row);
 }
-template <typename T, typename At>
-inline void add_lanes(Sum<T, kVector>& sum, const At& at) {
-    const Vector x = Vector::lanes(at);
-    sum.add(&x);
-}
-#if defined(__F16C__)
-template <typename At>
-inline void start_lanes(Sum<f16, kVector>& sum, const At& at) {
-    for (int lane = 0; lane < Vector::kLanes; ++lane) sum.start_part(at(lane), lane);
-}
-template <typename At>
-inline void add_lanes(Sum<f16, kVector>& sum, const At& at) {
-    for (int lane = 0; lane < Vector::kLanes; ++lane) sum.add_part(at(lane), lane);
-}
-#endif
 
 // Units that are moved, from the lines at `at`.
 template <typename T>
 inline void collect_lines(const char* lines, const int32_t* at, char* stage, int64_t stage_row) {
-    collect<T>(
-        [&](Vector* x, int part) {
-            constexpr int n = kInLane<T>;
+    constexpr int n = kInLane<T>, units = n * Vector::kLanes;
+    if constexpr (kWhole<T>) {
+        Vector line[units];
+#pragma GCC unroll 16
+        for (int e = 0; e < units; ++e) line[e] = Vector::load(lines + at[e]);
+        put_rows<T>(line, stage, stage_row);
+    } else {
+#pragma GCC unroll 1
+        for (int part = 0; part < Vector::kLanes; ++part) {
+            Vector x[n];
             forget(at);
 #pragma GCC unroll 16
             for (int e = 0; e < n; ++e)
                 x[e] = Vector::lanes([&](int lane) { return lines + at[lane * n + e] + part * kVector; });
-        },
-        stage, stage_row);
+            put_part<T>(x, part, stage, stage_row);
+        }
+    }
 }
 
 // Units of two members each, whose lines are at at[0] and at[1], at[2] and at[3] and so on.
-template <typename T, typename Factor>
-inline void collect_pairs(const char* lines, const int32_t* at, const Factor& factor, char* stage, int64_t stage_row) {
-    collect<T>(
-        [&](Vector* x, int part) {
-            constexpr int n = kInLane<T>;
-            const auto sum_of = [&](int e) {
-                Sum<T, kVector> sum;
-                const auto member = [&](int m, int lane) {
-                    return lines + at[2 * (lane * n + e) + m] + part * kVector;
-                };
-                start_lanes(sum, [&](int lane) { return member(0, lane); });
-                add_lanes(sum, [&](int lane) { return member(1, lane); });
-                return sum;
-            };
-            const auto by = [&](int e) {
-                if constexpr (Vector::kLanes == 1) {
-                    return factor(e);
-                } else {
-                    return Halves<decltype(factor(0))>{factor(e), factor(n + e)};
-                }
-            };
-            bool again = false;
-            forget(at);
+template <typename T, typename Acc>
+inline void collect_pairs(const char* lines, const int32_t* at, const Acc* factor, char* stage, int64_t stage_row) {
+    constexpr int units = kInLane<T> * Vector::kLanes;
+    Vector line[units];
+    const auto sum_of = [&](int e) {
+        Sum<T, kVector> sum;
+        sum.start(lines + at[2 * e]);
+        sum.add(lines + at[2 * e + 1]);
+        return sum;
+    };
+    bool again = false;
+    forget(at);
 #pragma GCC unroll 16
-            for (int e = 0; e < n; ++e) again |= sum_of(e).quick(&x[e], by(e));
-            if (!again) return;
-            for (int e = 0; e < n; ++e) sum_of(e).exact(&x[e], by(e));
-        },
-        stage, stage_row);
-}
-
-// Sums that were made line by line and lie one after the other.
-template <typename T>
-inline void collect_sums(const char* sums, char* stage, int64_t stage_row) {
-    collect<T>(
-        [&](Vector* x, int part) {
-            constexpr int n = kInLane<T>;
-#pragma GCC unroll 16
-            for (int e = 0; e < n; ++e)
-                x[e] = Vector::lanes([&](int lane) { return sums + (lane * n + e) * kVector + 16 * part; });
-        },
-        stage, stage_row);
+    for (int e = 0; e < units; ++e) again |= sum_of(e).quick(&line[e], factor[e]);
+    for (int e = 0; again && e < units; ++e) sum_of(e).exact(&line[e], factor[e]);
+    put_rows<T>(line, stage, stage_row);
 }
 
 // Stores the staged bytes of one row. `stage` holds kStage of them behind a line that is kept from the stage before:
@@ -334,7 +348,7 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
     memset(lines + lines_bytes<T>(t.in_units), 0, kCacheLine);  // of units without members
     constexpr int64_t stage_row = kStage + kCacheLine;
     alignas(64) char stage[R * stage_row];
-    alignas(64) char sums[in_vector * kVector];
+    Vector sums[in_vector];
     const int64_t stages = ceil_div(p.l.units, in_stage);
     for (int64_t s = 0; s < stages; ++s) {
         const int64_t j = s * in_stage, n = min64(in_stage, p.l.units - j);
@@ -349,11 +363,10 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
             if constexpr (Worker::kSums) {
                 const int64_t unit = j + k;
                 if (t.pairs[unit / in_vector] != 0) {
-                    const auto by = [&](int e) { return work.factor(unit + e); };
-                    collect_pairs<T>(lines, t.at + p.a.ptr[unit], by, to, stage_row);
+                    collect_pairs<T>(lines, t.at + p.a.ptr[unit], work.factors() + unit, to, stage_row);
                 } else {
                     work.lines(lines, t.at, unit, min64(in_vector, n - k), sums);
-                    collect_sums<T>(sums, to, stage_row);
+                    put_rows<T>(sums, to, stage_row);
                 }
             } else {
                 collect_lines<T>(lines, t.at + j + k, to, stage_row);

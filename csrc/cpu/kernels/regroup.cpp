@@ -44,6 +44,12 @@ struct Mover {
             if (p.full) {
                 const int64_t before = (in - static_cast<const T*>(p.a.in)) * size, behind = p.reach * size - before;
                 const bool pairs = before >= kPairMargin && behind >= kPairMargin;
+#if defined(__AVX512BW__)
+                if constexpr (sizeof(T) == 2) {
+                    if (p.l.inner == kNine && j1 - j0 >= kThree && behind >= (kNinesRead - kNine) * size)
+                        return move_row_of_nines(out + j0 * kNine, in, p.near + j0, j1 - j0, ahead);
+                }
+#endif
                 switch (bytes) {  // kernels of 3 x 3 and 5 x 5
                     case 9: return move_exact<9>(out, in, p.near, j0, j1, pairs, ahead);
                     case 18: return move_exact<18>(out, in, p.near, j0, j1, pairs, ahead);

@@ -68,8 +68,8 @@ Layout canonical(const RegroupArgs& a) {
 void offsets(const Layout& l, int64_t index, int64_t* in, int64_t* out) {
     *in = *out = 0;
     for (int d = l.n - 1; d >= 0; --d) {
-        const int64_t i = index % l.shape[d];
-        index /= l.shape[d];
+        const int64_t i = d > 0 ? index % l.shape[d] : index;  // a division takes as long as a few units
+        if (d > 0) index /= l.shape[d];
         *in += i * l.in[d];
         *out += i * l.out[d];
     }
@@ -159,24 +159,20 @@ inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, cons
 }
 
 // Asks for what short runs need soon, a group of units at a time: neither what is read in any order nor what is written
-// in pieces is foreseen by the hardware.
+// in pieces is foreseen by the hardware. Into the second cache: this row, the next one and the result do not all fit
+// the first.
 struct Ahead {
-    static constexpr int64_t kGroup = 16;
-    const char* from;   // in what is read after this row
-    int64_t in_lines;   // of it for each group
-    int64_t out_lines;  // that a group fills
+    static constexpr int64_t kGroup = 16, kWritten = 4096;  // units; bytes from what is written to what is asked for
+    const char* from;                                       // in what is read after this row
+    int64_t in_lines;                                       // of it for each group
+    int64_t out_lines;                                      // that a group fills
 
-    // The next group begins.
-    void ask() {
-        for (int64_t i = 0; i < in_lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
-        from += in_lines * kCacheLine;
-    }
-    // And is written from `to` on.
+    // The next group begins, and is written from `to` on.
     void ask(const void* to) {
-        constexpr int64_t kAhead = 2048;
-        ask();
-        const char* at = static_cast<const char*>(to) + kAhead;
-        for (int64_t i = 0; i < out_lines; ++i) __builtin_prefetch(at + i * kCacheLine, 1, 3);
+        for (int64_t i = 0; i < in_lines; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
+        from += in_lines * kCacheLine;
+        const char* at = static_cast<const char*>(to) + kWritten;
+        for (int64_t i = 0; i < out_lines; ++i) __builtin_prefetch(at + i * kCacheLine, 0, 2);
     }
 };
 

@@ -1,5 +1,6 @@
-// Means of two units of nine bfloat16, three at a time: the 3 x 3 kernels of a convolution's input channels when two
-// models are zipped. 27 of 32 lanes are used, where one unit at a time uses nine of sixteen.
+// Units of nine numbers of 16 bits, three at a time: the 3 x 3 kernels of a convolution's input channels, gathered, or
+// in bfloat16 averaged when two models are zipped. 27 of 32 lanes are used, where one unit at a time uses nine of
+// sixteen.
 #pragma once
 
 #include "cpu/kernels/regroup_sums.h"
@@ -8,13 +9,43 @@ namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
+#if defined(__AVX512BW__)
+constexpr int64_t kNine = 9, kThree = 3;
+constexpr int64_t kNinesRead = 16, kNinesWritten = 32;  // elements from each member's first, and from the result's
+constexpr int64_t kNinesGroup = Ahead::kGroup / kThree * kThree;
+
+// Three units of one member each.
+inline __m512i three_nines(const uint16_t* in, const int32_t* at) {
+    // Places of elements in two vectors of 32, of which the second holds the unit that is added.
+    const __m512i two = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 40, 39, 38, 37, 36, 35, 34, 33, 32,
+                                         8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i three = _mm512_set_epi16(0, 0, 0, 0, 0, 40, 39, 38, 37, 36, 35, 34, 33, 32, 17, 16, 15, 14, 13, 12,
+                                           11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const auto unit = [&](int k) {
+        return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + at[k])));
+    };
+    return _mm512_permutex2var_epi16(_mm512_permutex2var_epi16(unit(0), two, unit(1)), three, unit(2));
+}
+
+// A row of `n` units, at least three, of one member each; kNinesRead elements can be read from each member's first.
+void move_row_of_nines(uint16_t* out, const uint16_t* in, const int32_t* at, int64_t n, Ahead ahead) {
+    const int64_t last = n - kThree;  // written apart, as a vector would go past the row's end
+    for (int64_t j = 0; j < last;) {
+        ahead.ask(out + kNine * j);
+        for (const int64_t stop = min64(j + kNinesGroup, last); j < stop; j += kThree)
+            _mm512_storeu_si512(out + kNine * j, three_nines(in, at + j));
+    }
+    uint16_t part[kNinesWritten];
+    _mm512_storeu_si512(part, three_nines(in, at + last));
+    memcpy(out + kNine * last, part, kThree * kNine * sizeof(uint16_t));
+}
+#endif
+
 #if defined(__AVX512BF16__)
 template <typename T>
 constexpr bool kBf16 = false;
 template <>
 constexpr bool kBf16<bf16> = true;
-constexpr int64_t kNine = 9, kThree = 3;
-constexpr int64_t kNinesRead = 16, kNinesWritten = 32;  // elements from each member's first, and from the result's
 
 // Three units of two members each. Returns the lanes that were rounded wrongly, as Sum::quick does.
 inline __mmask16 sum_nines(bf16* to, const bf16* in, const int32_t* at, __m512 by) {
@@ -39,7 +70,6 @@ inline __mmask16 sum_nines(bf16* to, const bf16* in, const int32_t* at, __m512 b
 
 // A row of `n` units, at least three, of two members each; kNinesRead elements can be read from each member's first.
 void sum_row_of_nines(bf16* out, const bf16* in, const int32_t* at, float factor, int64_t n, Ahead ahead) {
-    constexpr int64_t group = Ahead::kGroup / kThree * kThree;
     const __m512 by = _mm512_set1_ps(factor);
     bf16 part[kNinesWritten];
     const auto exact = [&](int64_t j, int64_t stop) {
@@ -53,9 +83,9 @@ void sum_row_of_nines(bf16* out, const bf16* in, const int32_t* at, float factor
     };
     const int64_t last = n - kThree;  // written apart, as a vector would go past the row's end
     for (int64_t j = 0; j < last;) {
-        const int64_t begin = j, stop = min64(j + group, last);
+        const int64_t begin = j, stop = min64(j + kNinesGroup, last);
         __mmask16 again = 0;
-        ahead.ask();
+        ahead.ask(out + kNine * j);
         for (; j < stop; j += kThree) again = _kor_mask16(again, sum_nines(out + kNine * j, in, at + 2 * j, by));
         if (again != 0) exact(begin, min64(j, last));
     }

@@ -92,12 +92,12 @@ void move_exact(T* out, const T* in, const int32_t* at, int64_t j0, int64_t j1, 
     const auto unit = [&](int64_t j) { return reinterpret_cast<const char*>(in) + at[j] * size; };
     int64_t j = j0;
     for (; pairs && j + Ahead::kGroup <= j1;) {
-        ahead.ask();
+        ahead.ask(to);
         for (const int64_t stop = j + Ahead::kGroup; j < stop; j += 2, to += 2 * Bytes)
             move_pair<Bytes>(to, unit(j), unit(j + 1));
     }
     while (j < j1) {
-        ahead.ask();
+        ahead.ask(to);
         for (const int64_t stop = min64(j + Ahead::kGroup, j1); j < stop; ++j, to += Bytes) memcpy(to, unit(j), Bytes);
     }
 }
@@ -145,7 +145,7 @@ void sum_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, const
     T* to = out + j0 * inner;
     int64_t m = ptr[j0];
     for (int64_t j = j0; j < j1;) {
-        ahead.ask();
+        ahead.ask(to);
         if (j + Ahead::kGroup <= safe && plain_pairs(ptr, at, j, last)) {  // the usual zip
             if (inner == 9) {
                 if (sum_pairs<T, true, false>(to, in, at + m, factor, inner, j))

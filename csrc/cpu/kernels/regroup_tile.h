@@ -73,10 +73,10 @@ struct Vector {
 #if defined(MUDSC_TILES)
 
 constexpr int64_t kVector = 16 * Vector::kLanes;  // bytes of a line
-constexpr int64_t kStage = 256;    // bytes of each output row that are put together before they are stored
-constexpr int64_t kForward = 512;  // bytes of each row that are asked for before they are read
-constexpr int64_t kTurn = 256;     // bytes of each row that are read in turn
-constexpr int64_t kManyRows = 16;  // from here on
+constexpr int64_t kStage = 256;     // bytes of each output row that are put together before they are stored
+constexpr int64_t kForward = 1024;  // bytes of each row that are asked for before they are read
+constexpr int64_t kTurn = 256;      // bytes of each row that are read in turn
+constexpr int64_t kManyRows = 16;   // from here on
 
 // What a row is read in: as much of it as a cache line at once, where there is such a register.
 #if defined(__AVX512BW__)

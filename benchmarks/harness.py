@@ -1,12 +1,14 @@
 """How a row of the suite is checked, timed and judged.
 
-Times drift on shared machines, so a row's contenders take turns (A B A B ...) and the ratio is the median over rounds
-of each round's own ratio. A row counts only if every contender's result was right.
+Times drift on shared machines, so a row's contenders take turns (A B B A A B ...) and the ratio is the median over
+rounds of each round's own ratio. Who goes first is drawn anew each round: a contender finds in the caches what the one
+before it left there. A row counts only if every contender's result was right.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import resource
 import statistics
 import sys
@@ -24,6 +26,8 @@ OURS = "mudsc_fast"
 # the second never is: it has averaged over seconds already.
 LONG = 0.3
 LONGEST = 4.0
+# Seconds. Calls that are shorter are repeated for about so long.
+SHORT = 2e-4
 # A ratio this many times its target does not hang on noise: what takes long then keeps its first time.
 CLEAR = 2.0
 # Rounds at the least for two contenders that take turns.
@@ -249,21 +253,24 @@ def _take_turns(
     if fresh:
         once.discard(OURS)
     turns = [c for c in running if c.name not in once]
-    # A call shorter than the clock and the scheduler resolve is repeated within a turn; how often is told by its second
-    # run, since the first also brought its code and data into the caches.
+    # A call shorter than the clock and the scheduler resolve is repeated within a turn, but no more than that: on
+    # its own a contender keeps its tensors in the caches, as no merge does. How often is told by its second run, since
+    # the first also brought its code and data there.
     again = {c.name: _seconds(c) if first[c.name] < 2e-2 else first[c.name] for c in turns}
-    repeats = {c.name: max(1, min(1000, int(2e-3 / max(again[c.name], 1e-7)))) for c in turns}
+    repeats = {c.name: max(1, min(1000, int(SHORT / max(again[c.name], 1e-7)))) for c in turns}
     least = TURNS if len(turns) > 1 else 1
     steady = min(STEADY[0], STEADY[1] * budget)
     start = time.perf_counter()
     decided = [c for c in turns if c.name in repeated]
+    order = random.Random(0)
     for done in range(MOST_ROUNDS if turns else 0):
         passed = time.perf_counter() - start
         if done >= least and passed * (done + 1) / done > budget:
             break
         if done >= row.rounds and (len(decided) < 2 or passed > steady):
             break
-        for c in turns if done < row.rounds else decided:
+        playing = turns if done < row.rounds else decided
+        for c in order.sample(playing, len(playing)):
             if c.run is None:
                 continue
             begin = time.perf_counter()

@@ -18,7 +18,7 @@ constexpr int64_t kCacheLine = 64;
 
 [[maybe_unused]] constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 [[maybe_unused]] constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-[[maybe_unused]] inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+[[maybe_unused]] constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Scratch memory, aligned to a cache line (large ones to a huge page), uninitialised. get() is null when allocation
 // failed.

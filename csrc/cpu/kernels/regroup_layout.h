@@ -174,6 +174,20 @@ struct Ahead {
         const char* at = static_cast<const char*>(to) + kWritten;
         for (int64_t i = 0; i < out_lines; ++i) __builtin_prefetch(at + i * kCacheLine, 0, 2);
     }
+    // The same for a group of as many lines as are known here: a loop takes longer than what it asks for.
+    template <int64_t In, int64_t Out>
+    void ask(const void* to) {
+        const char* at = static_cast<const char*>(to) + kWritten;
+#pragma GCC unroll 32
+        for (int64_t i = 0; i < In; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
+#pragma GCC unroll 32
+        for (int64_t i = 0; i < Out; ++i) __builtin_prefetch(at + i * kCacheLine, 0, 2);
+        from += In * kCacheLine;
+    }
+    // Lines of `units` units of so many bytes.
+    static constexpr int64_t lines(int64_t units, int64_t bytes) { return ceil_div(units * bytes, kCacheLine); }
+    // Whether the next row has `members` times as many units as this one fills.
+    bool usual(int64_t bytes, int64_t members) const { return in_lines == lines(kGroup * members, bytes); }
 };
 
 void fence() {

@@ -12,7 +12,18 @@ namespace {
 #if defined(__AVX512BW__)
 constexpr int64_t kNine = 9, kThree = 3;
 constexpr int64_t kNinesRead = 16, kNinesWritten = 32;  // elements from each member's first, and from the result's
-constexpr int64_t kNinesGroup = Ahead::kGroup / kThree * kThree;
+constexpr int64_t kNinesBytes = kNine * static_cast<int64_t>(sizeof(uint16_t)), kNinesGroup = 30;
+
+// Asks for what kNinesGroup units need soon, each a sum of `Members`.
+template <int64_t Members>
+inline void ask_for_nines(Ahead& ahead, const void* to, bool usual) {
+    if (usual) {
+        ahead.ask<Ahead::lines(kNinesGroup * Members, kNinesBytes), Ahead::lines(kNinesGroup, kNinesBytes)>(to);
+    } else {
+        for (int64_t j = 0; j < kNinesGroup; j += Ahead::kGroup)
+            ahead.ask(static_cast<const char*>(to) + j * kNinesBytes);
+    }
+}
 
 // Three units of one member each.
 inline __m512i three_nines(const uint16_t* in, const int32_t* at) {
@@ -30,8 +41,9 @@ inline __m512i three_nines(const uint16_t* in, const int32_t* at) {
 // A row of `n` units, at least three, of one member each; kNinesRead elements can be read from each member's first.
 void move_row_of_nines(uint16_t* out, const uint16_t* in, const int32_t* at, int64_t n, Ahead ahead) {
     const int64_t last = n - kThree;  // written apart, as a vector would go past the row's end
+    const bool usual = ahead.usual(kNinesBytes, 1);
     for (int64_t j = 0; j < last;) {
-        ahead.ask(out + kNine * j);
+        ask_for_nines<1>(ahead, out + kNine * j, usual);
         for (const int64_t stop = min64(j + kNinesGroup, last); j < stop; j += kThree)
             _mm512_storeu_si512(out + kNine * j, three_nines(in, at + j));
     }
@@ -82,10 +94,11 @@ void sum_row_of_nines(bf16* out, const bf16* in, const int32_t* at, float factor
         }
     };
     const int64_t last = n - kThree;  // written apart, as a vector would go past the row's end
+    const bool usual = ahead.usual(kNinesBytes, 2);
     for (int64_t j = 0; j < last;) {
         const int64_t begin = j, stop = min64(j + kNinesGroup, last);
         __mmask16 again = 0;
-        ahead.ask(out + kNine * j);
+        ask_for_nines<2>(ahead, out + kNine * j, usual);
         for (; j < stop; j += kThree) again = _kor_mask16(again, sum_nines(out + kNine * j, in, at + 2 * j, by));
         if (again != 0) exact(begin, min64(j, last));
     }

@@ -91,8 +91,10 @@ void move_exact(T* out, const T* in, const int32_t* at, int64_t j0, int64_t j1, 
     char* to = reinterpret_cast<char*>(out) + j0 * Bytes;
     const auto unit = [&](int64_t j) { return reinterpret_cast<const char*>(in) + at[j] * size; };
     int64_t j = j0;
+    constexpr int64_t lines = Ahead::lines(Ahead::kGroup, Bytes);
+    const bool usual = ahead.usual(Bytes, 1);
     for (; pairs && j + Ahead::kGroup <= j1;) {
-        ahead.ask(to);
+        usual ? ahead.ask<lines, lines>(to) : ahead.ask(to);
         for (const int64_t stop = j + Ahead::kGroup; j < stop; j += 2, to += 2 * Bytes)
             move_pair<Bytes>(to, unit(j), unit(j + 1));
     }
@@ -141,12 +143,19 @@ void sum_short(T* out, const T* in, const int64_t* ptr, const int32_t* at, const
                int64_t readable, int64_t j0, int64_t j1, Ahead ahead) {
     const int64_t safe = max64(j0, j1 - ceil_div(kWide, inner)), last = readable - kWide;
     const size_t bytes = static_cast<size_t>(inner) * sizeof(T);
+    const bool usual = inner == 9 && ahead.usual(static_cast<int64_t>(bytes), 2);
     T part[kWide] = {};
     T* to = out + j0 * inner;
     int64_t m = ptr[j0];
     for (int64_t j = j0; j < j1;) {
-        ahead.ask(to);
-        if (j + Ahead::kGroup <= safe && plain_pairs(ptr, at, j, last)) {  // the usual zip
+        const bool pairs = j + Ahead::kGroup <= safe && plain_pairs(ptr, at, j, last);  // the usual zip
+        if (pairs && usual) {
+            constexpr int64_t nine = 9 * static_cast<int64_t>(sizeof(T));
+            ahead.ask<Ahead::lines(Ahead::kGroup * 2, nine), Ahead::lines(Ahead::kGroup, nine)>(to);
+        } else {
+            ahead.ask(to);
+        }
+        if (pairs) {
             if (inner == 9) {
                 if (sum_pairs<T, true, false>(to, in, at + m, factor, inner, j))
                     sum_pairs<T, true, true>(to, in, at + m, factor, inner, j);

@@ -73,10 +73,11 @@ struct Vector {
 #if defined(MUDSC_TILES)
 
 constexpr int64_t kVector = 16 * Vector::kLanes;  // bytes of a line
-constexpr int64_t kStage = 256;     // bytes of each output row that are put together before they are stored
-constexpr int64_t kForward = 1024;  // bytes of each row that are asked for before they are read
-constexpr int64_t kTurn = 256;      // bytes of each row that are read in turn
-constexpr int64_t kManyRows = 16;   // from here on
+constexpr int64_t kStage = 256;    // bytes of each output row that are put together before they are stored
+constexpr int64_t kTurn = 256;     // bytes of each row that are read in turn
+constexpr int64_t kManyRows = 16;  // from here on
+// Bytes of each row that are asked for before they are read.
+constexpr int64_t forward(int64_t rows) { return rows >= kManyRows ? 1024 : 512; }
 
 // What a row is read in: as much of it as a cache line at once, where there is such a register.
 #if defined(__AVX512BW__)
@@ -210,7 +211,7 @@ void spread(const T* const* rows, int64_t units, char* lines) {
             for (int64_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
                 for (int64_t b = 0; b < kTurn; b += kCacheLine) {
-                    __builtin_prefetch(row(r, u) + kForward + b, 0, 2);
+                    __builtin_prefetch(row(r, u) + forward(R) + b, 0, 2);
                     memcpy(near + r * kTurn + b, row(r, u) + b, kCacheLine);
                 }
             }
@@ -221,7 +222,7 @@ void spread(const T* const* rows, int64_t units, char* lines) {
     for (; u + kBlock<T> <= units; u += kBlock<T>) {
         if (u * size % kCacheLine == 0) {
 #pragma GCC unroll 32
-            for (int64_t r = 0; r < R; ++r) __builtin_prefetch(row(r, u) + kForward, 0, 2);
+            for (int64_t r = 0; r < R; ++r) __builtin_prefetch(row(r, u) + forward(R), 0, 2);
         }
         spread_block<T>([&](int r) { return row(r, u); }, lines + u * kVector);
     }
@@ -342,7 +343,7 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
     }
     spread<T>(in, t.in_units, lines);
     for (int r = 0; r < R; ++r) {
-        for (int64_t b = 0; b < kForward; b += kCacheLine)
+        for (int64_t b = 0; b < forward(R); b += kCacheLine)
             __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + b, 0, 2);
     }
     memset(lines + lines_bytes<T>(t.in_units), 0, kCacheLine);  // of units without members

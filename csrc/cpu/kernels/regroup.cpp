@@ -268,7 +268,8 @@ void strided(const Worker& work, int64_t o, int64_t j0, int64_t j1) {
         const int64_t in_lines = min64(ceil_div(row, groups * kCacheLine), 64);
         const char* next = reinterpret_cast<const char*>(static_cast<const T*>(work.p.a.in) + next_at);
         next += j0 / Ahead::kGroup * in_lines * kCacheLine;
-        work.contiguous(out, in, j0, j1, Ahead{next, in_lines, ceil_div(Ahead::kGroup * bytes, kCacheLine)});
+        work.contiguous(out, in, j0, j1,
+                        Ahead{next, in_lines, ceil_div(Ahead::kGroup * bytes, kCacheLine), row <= Ahead::kNear});
         return;
     }
     for (int64_t j = j0; j < j1; ++j) {

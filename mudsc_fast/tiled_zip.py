@@ -143,8 +143,8 @@ class _Lists:
         total = d * len(left)
         self.rows: list[dict[int, float]] = [{} for _ in range(total)]
         self.model = [unit // d for unit in range(total)]
-        # Products are rounded as the matrix would hold them.
-        self.by = torch.tensor(attenuation, dtype=values.dtype)
+        # Products are rounded as the matrix would hold them, by a factor that no type rounds to 0.
+        self.by = torch.tensor(max(attenuation, torch.finfo(values.dtype).tiny), dtype=values.dtype)
         self.attenuation, self.left, self.threshold = attenuation, left, threshold
         self.heap: list[tuple[float, int, int]] = []
         spent = {m for m, count in enumerate(left) if count <= 0}

@@ -136,6 +136,20 @@ def test_zip_refuses_what_the_cpu_refuses() -> None:
     assert [int(c.case.arrays[8][0]) for c in found] == [1, 1, 1, 1, 1, 1, 2, 0, 3]
 
 
+def test_zip_by_an_attenuation_that_float32_does_not_have() -> None:
+    # 1e-50 is 0 in float32: merged units are still merged again, and barred pairs stay barred.
+    found = []
+    for n, budget in ((6, 1), (40, 5), (70, 40)):
+        similarity = 1 + cases.similarity_of(n, torch.Generator().manual_seed(n), torch.float32)
+        units, model_of, left = torch.arange(n)[None], (torch.arange(n) * 2 // n)[None], torch.full((1, 2), budget)
+        for attenuation in (1e-50, 1e-42):
+            found.append(
+                cases.zip_problems(similarity, units, model_of, 2, n - 2, attenuation, left, left, policy=n % 6)
+            )
+    check("plain", found)
+    assert [int(c.case.arrays[7][0]) for c in found][-2:] == [68, 68]  # fewer than 70 / 2 units are left
+
+
 def test_zip_stops_between_two_launches_and_not_before() -> None:
     n = 50
     similarity = cases.similarity_of(n, torch.Generator().manual_seed(14), torch.float32)

@@ -85,6 +85,22 @@ def test_equal_entries_are_taken_in_the_order_of_the_matrix() -> None:
             assert torch.equal(found.labels, expected.labels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("attenuation", [1e-50, 1e-42])
+def test_a_third_unit_joins_by_an_attenuation_that_float32_does_not_have(
+    attenuation: float, dtype: torch.dtype
+) -> None:
+    # 1e-50 is 0 in float32. Each unit is like one unit of every other model, and no more.
+    similarity = (1 + alike(9, 3, 0.5, 2, dtype)) / 2
+    unit = torch.arange(27) % 9
+    similarity[unit[:, None] != unit] = 0
+    expected = zip_units(similarity, 3, attenuation=attenuation)
+    found, proof = zip_tiled(Matrix(similarity), 3, attenuation=attenuation)
+    assert torch.equal(found.labels, expected.labels)
+    assert found.sizes.tolist() == [3] * 9
+    assert 0 < proof.least < 1e-30
+
+
 def test_what_the_lists_cannot_prove_is_refused() -> None:
     similarity = alike(48, 2, 0.5, 0)
     with pytest.raises(ValueError, match=r"\d+ of 48 merges are proven; the rest is among pairs at most 0\.\d"):

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include <limits>
+
 #include "cpu/parallel.h"
 #include "cpu/status.h"
 
@@ -54,6 +56,13 @@ struct ZipArgs {
 // Row stride of what a zip works on: an odd number of cache lines of float32, so that the entries of one column do not
 // share cache sets.
 constexpr int64_t zip_stride(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
+
+// An attenuation above 0 as T holds it: never 0, which a barred entry (-inf) would not outlast.
+template <typename T>
+static constexpr T held_attenuation(double given) {
+    const T rounded = static_cast<T>(given), least = std::numeric_limits<T>::min();
+    return rounded > least ? rounded : least;
+}
 
 constexpr int kSmallAssignment = 256;  // up to this size, assign reads whole rows
 

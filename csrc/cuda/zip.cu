@@ -416,7 +416,7 @@ std::string run(const ZipCudaArgs& a, const OnDevice& device, void* stream) {
     p.n = static_cast<int>(z.n);
     p.models = z.models;
     p.merges = static_cast<int>(z.merges);
-    p.attenuation = static_cast<T>(z.attenuation);
+    p.attenuation = z.attenuation > 0 ? held_attenuation<T>(z.attenuation) : 0;
     p.budget = z.budget;
     p.block_budget = z.block_budget;
     p.owner = z.owner;

@@ -318,9 +318,7 @@ class Zipper {
     T merge_columns(int64_t i, int64_t j, int64_t from, int64_t to, int64_t* place) {
         T* merged = row(i);
         const T* other = row(j);
-        // Never 0, which a barred entry would not outlast.
-        const T given = static_cast<T>(a.attenuation), least = std::numeric_limits<T>::min();
-        const T by = given > least ? given : least;
+        const T by = held_attenuation<T>(a.attenuation);
         for (int64_t k = from; k < to; ++k) merged[k] = (other[k] < merged[k] ? other[k] : merged[k]) * by;
         for (int64_t k = from; k < min64(i, to); k += kGroup) changed(k, min64(min64(i, to), k + kGroup), i, j, merged);
         for (int64_t k = max64(i, from); k < min64(j, to); ++k) stale[k] |= partner[k] == j;

@@ -262,9 +262,9 @@ class _Descent:
         """The ties matched one after another, many at a call, by `one` what that cannot do; whether labels changed."""
         changed = False
         while ties:
-            made = self.matcher.rematch_many(ties, self.current, balance) or [one(ties[0])]
+            made = self.matcher.rematch_many(ties, self.current, balance)
             for tie, matches in zip(ties, made, strict=False):
-                changed |= self._take(tie, matches)
+                changed |= self._take(tie, matches or one(tie))
                 steps.advance()
             ties = ties[len(made) :]
         return changed
@@ -330,7 +330,8 @@ class _Descent:
 
     def _rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None) -> list[Match]:
         if self.journal is None:
-            return self.matcher.rematch(tie, current, balance)
+            # Where no other process takes part, `_visits` has tried one call for it.
+            return self.matcher.rematch(tie, current, balance, tried=self.world is None)
         names, journal = [space.name for space in tie], self.journal
         work: Callable[[], list[Match]] = lambda: self.matcher.rematch(tie, current, balance)  # noqa: E731
         if balance is not None or self.world is None or self.matcher.together.isdisjoint(names):

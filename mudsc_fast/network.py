@@ -47,11 +47,11 @@ class Network:
 
     def visit(
         self, ties: Sequence[Sequence[str]], current: Mapping[str, Any], balance: float
-    ) -> list[list[tuple[Tensor, float]]]:
-        """[(labels (models, width), value)] of the spaces of each tie, visited one after another.
+    ) -> list[list[tuple[Tensor, float]] | None]:
+        """[(labels (models, width), value)] of the spaces of each tie, visited one after another; at least one entry.
 
         current: {space: a match with `labels` and `width`}, before the first visit. The list ends early after a while,
-        and before a tie that has to be visited the plain way. Labels that stay are the tensor that they were.
+        and with a None for a tie that has to be visited the plain way. Labels that stay are the tensor that they were.
         """
         if balance > 0:
             for name, held in self._held.items():
@@ -63,7 +63,9 @@ class Network:
         numbers = [[self._index[name] for name in tie] for tie in ties]
         made = self._core.visit(numbers, balance, torch.get_num_threads(), _AT_A_CALL)
         return [
-            [(self._labels(name, packed), value) for name, (packed, value) in zip(tie, found, strict=True)]
+            None
+            if found is None
+            else [(self._labels(name, packed), value) for name, (packed, value) in zip(tie, found, strict=True)]
             for tie, found in zip(ties, made, strict=False)
         ]
 

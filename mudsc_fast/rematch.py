@@ -77,13 +77,22 @@ class Matcher:
     network: Network | None = None
     whole_blocks: bool = False
 
-    def rematch(self, tie: Sequence[Space], current: Mapping[str, Match], balance: float | None = None) -> list[Match]:
-        """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw."""
+    def rematch(
+        self,
+        tie: Sequence[Space],
+        current: Mapping[str, Match],
+        balance: float | None = None,
+        tried: bool = False,
+    ) -> list[Match]:
+        """The spaces of one tie matched anew, against the current matches; spaces not in `current` count raw.
+
+        tried: `rematch_many` left this tie to the plain way.
+        """
         balance = self.balance if balance is None else balance
-        if not any(space.name in self.together for space in tie):
-            made = self.rematch_many([tie], current, balance)
-            if made:
-                return made[0]
+        if not tried and not any(space.name in self.together for space in tie):
+            made = self.rematch_many([tie], current, balance)[0]
+            if made is not None:
+                return made
         step = None if self.work is None else self.work.step_of(tie[0].name)
         if step is not None and step.way == "tiled" and self.weights is not None:
             return [self._zipped_on_lists(tie[0], current, self.weights, step.piece)]
@@ -100,12 +109,15 @@ class Matcher:
 
     def rematch_many(
         self, ties: Sequence[Sequence[Space]], current: Mapping[str, Match], balance: float
-    ) -> list[list[Match]]:
-        """The first of these ties matched anew, one after another, as far as one call does it: perhaps none."""
+    ) -> list[list[Match] | None]:
+        """The first of these ties matched anew, one after another, as far as one call does it: at least one.
+
+        A None at the end stands for a tie that has to be matched the plain way.
+        """
         if self.network is None:
-            return []
+            return [None]
         made = self.network.visit([[space.name for space in tie] for tie in ties], current, balance)
-        return [[Match(labels, value) for labels, value in tie] for tie in made]
+        return [None if found is None else [Match(labels, value) for labels, value in found] for found in made]
 
     def unmatched(self, space: Space, current: Mapping[str, Match]) -> Tensor:
         """(models, width) labels of a space without anything to compare: units stay, blocks follow the tie."""

@@ -25,8 +25,8 @@ class Calls:
 
         def counted(one: network.Network, *arguments: Any) -> Any:
             made = visit(one, *arguments)
-            self.single += len(made)
-            self.plain += not made
+            self.single += len(made) - (made[-1] is None)
+            self.plain += made[-1] is None
             return made
 
         monkeypatch.setattr(network.Network, "visit", counted)
@@ -48,6 +48,22 @@ def test_one_call_is_the_ops_one_after_another(
     grouped = name in ("attention", "rope")  # query heads share an axis with the values: only activations are compared
     assert calls.single > 0 or (grouped and not activations)
     assert calls.plain == 0 or (grouped and balance > 0)
+
+
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_what_a_call_leaves_to_the_plain_way_is_not_tried_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Query heads are left to it, the layers of the MLP are not; calls meet them in every order.
+    both = [ARCHITECTURES["attention"], ARCHITECTURES["mlp"]]
+    spec = mf.PermutationSpec(tuple(space for case in both for space in case.spec.spaces))
+    pairs = zip(*(case.models(2, seed=7) for case in both), strict=True)
+    state_dicts = [{name: x for net in nets for name, x in net.state_dict().items()} for nets in pairs]
+    plain = op_by_op(state_dicts, spec, None, method, seed=3)
+    calls = Calls(monkeypatch)
+    quick = mf.match(state_dicts, spec, None, method, seed=3)
+    assert_same(quick, plain)
+    assert calls.single > 0
+    assert calls.plain > 0
+    assert calls.single + calls.plain == len(spec.spaces) * len(quick.history)
 
 
 @pytest.mark.parametrize("options", [{"width": 0.5}, {"budget": 0.25}, {"attenuation": 0.0}, {"width": 1.5}])
@@ -196,7 +212,7 @@ def test_labels_that_do_not_fit_are_refused() -> None:
     assert made is not None
     first, second = (space.name for space in case.spec.spaces)
     broken = rematch.Match(torch.full((2, widths[first]), -1), 0.0)
-    assert made.visit([[second]], {first: broken}, 1.0) == []
+    assert made.visit([[second]], {first: broken}, 1.0) == [None]
     assert len(made._core.visit([[0], [1], [0]], 1.0, 1, 60000)) == 3
     assert len(made._core.visit([[0], [1], [0]], 1.0, 1, 0)) == 1  # a call ends after the visit at which time is over
     with pytest.raises(ValueError, match="labels"):

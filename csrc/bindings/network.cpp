@@ -158,8 +158,8 @@ void set_labels(Network& network, int space, const std::optional<py::object>& la
 }
 
 // For each tie that was visited [(labels as bytes, or None where they are as before, value)] of its spaces. Fewer than
-// all where time was over, or where the plain way has to be taken for the next one: for what this one cannot follow,
-// and for the errors that it makes.
+// all where time was over, or where the plain way has to be taken for the next one, for which a last None stands: for
+// what this one cannot follow, and for the errors that it makes.
 py::list visit(Network& network, const std::vector<std::vector<int>>& ties, double balance, int threads,
                int64_t milliseconds) {
     const int spaces = static_cast<int>(network.layout().spaces.size());
@@ -191,6 +191,7 @@ py::list visit(Network& network, const std::vector<std::vector<int>>& ties, doub
         }
         result[t] = std::move(matches);
     }
+    if (status != Status::ok) result.append(py::none());
     return result;
 }
 

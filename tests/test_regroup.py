@@ -128,19 +128,22 @@ def test_units_of_every_short_length(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 130, 1), (3, 70, 9), (3, 20, 200)], ids=str)
-def test_bfloat16_means_are_rounded_as_torch_rounds(isa: str, shape: tuple[int, ...]) -> None:
-    # All bit patterns, so subnormal numbers, infinities and NaN too; the sum of two is exact in float32.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_means_are_rounded_as_torch_rounds(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    # All bit patterns, so subnormal numbers, infinities and NaN too; members are added in float32, in their order.
     generator = torch.Generator().manual_seed(4)
     bits = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
     bits[..., ::3] &= ~0x7F00  # many small ones
-    tensor = bits.view(torch.bfloat16)
-    labels = torch.randperm(shape[1], generator=generator) // 2
+    tensor = bits.view(dtype)
     size = (shape[1] + 1) // 2
-    for factor in (1.0, 0.5, 0.3):
-        want = torch.zeros(shape[0], size, shape[2]).index_add_(1, labels, tensor.float()).mul_(factor).bfloat16()
+    pairs, mixed = (
+        torch.randperm(shape[1], generator=generator) // 2,
+        torch.randint(size, shape[1:2], generator=generator),
+    )
+    for labels, factor in ((pairs, 1.0), (pairs, 0.5), (pairs, 0.3), (mixed, 0.3)):
+        want = torch.zeros(shape[0], size, shape[2]).index_add_(1, labels, tensor.float()).mul_(factor).to(dtype)
         got = mf.regroup(tensor, labels, 1, size, torch.full((size,), factor))
-        assert torch.equal(got.isnan(), want.isnan())
-        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("scaled", ["alike", "each", "none"])
@@ -308,6 +311,54 @@ def test_tiles_of_rows_and_short_runs(isa: str, shape: tuple[int, ...], dtype: t
     want = mf.reference.regroup(tensor, labels, 1, units // 2 + 1, scale)
     allowed = TOLERANCE[dtype] * mf.reference.regroup(tensor.abs(), labels, 1, units // 2 + 1, scale) + 1e-7
     assert bool(((got.double() - want).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("shape", [(17, 128), (33, 256), (16, 130), (19, 262), (8, 1, 70)], ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_pairs_in_tiles_have_factors_of_their_own(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Rows that are read in turns, whole and with a rest; factors that are no float32; one unit that is no pair."""
+    generator = torch.Generator().manual_seed(6)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    size = shape[-1] // 2
+    scale = torch.rand(size, generator=generator, dtype=torch.float64) - 0.5
+    labels = torch.randperm(shape[-1], generator=generator) // 2
+    for uneven in (False, True):
+        labels[labels == size - 20] = size - 20 - uneven
+        want = torch.zeros(*shape[:-1], size, dtype=acc).index_add_(-1, labels, tensor.to(acc))
+        for by, expected in ((scale, want * scale.to(acc)), (None, want)):
+            around = torch.full((shape[0] + 2, *shape[1:-1], size + 2), 7, dtype=dtype)
+            mf.regroup(tensor, labels, -1, size, by, out=around[1:-1, ..., 1:-1])
+            assert torch.equal(around[1:-1, ..., 1:-1], expected.to(dtype)), (uneven, by is None)
+            around[1:-1, ..., 1:-1] = 7
+            assert bool((around == 7).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.float64], ids=str)
+def test_gathers_from_a_wider_axis(isa: str, dtype: torch.dtype) -> None:
+    # The kernel takes any members, also ones that come twice: of rows in tiles, and of short units.
+    generator = torch.Generator().manual_seed(7)
+    for shape, dim in (((33, 300), 1), ((18, 256), 1), ((3, 90, 3, 3), 1), ((2, 90, 7), 1)):
+        tensor = (torch.randn(shape, generator=generator) * 20).to(dtype)
+        for units in (4, 37, 64):
+            members = torch.randint(shape[dim], (units,), generator=generator)
+            out = torch.empty([units if d == dim else n for d, n in enumerate(shape)], dtype=dtype)
+            _core.regroup(tensor, out, dim, torch.arange(units + 1), members, None, 1)
+            assert torch.equal(out, tensor.index_select(dim, members)), (shape, units)
+
+
+def test_moved_units_of_nine_stay_in_their_rows(isa: str) -> None:
+    # 1 to 70 units of 3 x 3 with 16 bits: alone in memory, and in the middle of longer rows that are to stay.
+    generator = torch.Generator().manual_seed(8)
+    for units in range(1, 71):
+        wide = torch.randint(-(2**15), 2**15, (3, units + 2, 3, 3), generator=generator, dtype=torch.int16)
+        order = torch.randperm(units, generator=generator)
+        for tensor in (wide[:, 1:-1].contiguous(), wide[:, 1:-1], wide[1:2, 1:-1]):
+            room = torch.full((tensor.shape[0], units + 4, 3, 3), 7, dtype=torch.int16)
+            mf.regroup(tensor, order.argsort(), 1, units, out=room[:, 2:-2])
+            assert torch.equal(room[:, 2:-2], tensor[:, order]), units
+            room[:, 2:-2] = 7
+            assert bool((room == 7).all()), units
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

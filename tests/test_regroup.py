@@ -374,6 +374,14 @@ def test_sums_keep_what_is_not_finite(isa: str, shape: tuple[int, ...], dtype: t
     assert torch.equal(got.nan_to_num(0.0, 9.0, -9.0).double(), want.nan_to_num(0.0, 9.0, -9.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_factor_that_is_no_number_gives_none(isa: str, dtype: torch.dtype) -> None:
+    scale = torch.full((16,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounding its bits would carry over
+    for shape in ((40, 32), (3, 32, 3, 3), (3, 32, 40)):
+        got = mf.regroup(torch.ones(shape, dtype=dtype), torch.arange(32) // 2, 1, 16, scale)
+        assert bool(got.isnan().all()), shape
+
+
 def test_strides_past_32_bits(isa: str) -> None:
     store = torch.empty(2**31 + 128, dtype=torch.int16)  # 4 GiB of addresses, of which a few pages are touched
     values = torch.randint(-1000, 1000, (3, 40), dtype=torch.int16)

@@ -13,13 +13,12 @@
 #include "cuda/launch.h"
 #include "cuda/run.h"
 #include "cuda/shared.h"
+#include "cuda/zip_check.h"
 #include "cuda/zip_problem.h"
 
 namespace mudsc {
 namespace cuda {
 namespace {
-
-constexpr double kSymmetryTolerance = 1e-4;  // of the largest magnitude: more is not rounding
 
 template <typename T, bool Grid>
 class Zipper {
@@ -140,50 +139,29 @@ class Zipper {
     // Copies the upper triangle tile by tile onto both halves of the working copy, with what is barred from the start
     // as -inf, and compares the lower triangle with it. False, for all threads of the team, when the input is refused.
     __device__ bool load() {
-        double largest = 0, difference = 0;
-        unsigned bad = 0;
+        Seen seen;
         const int tiles = static_cast<int>(p.ld / kTile);
         int turn = 0;
         for (int ti = 0; ti < tiles; ++ti) {
             for (int tj = ti; tj < tiles; ++tj) {
-                if (turn == block) load_tile(ti * kTile, tj * kTile, &largest, &difference, &bad);
+                if (turn == block) load_tile(ti * kTile, tj * kTile, &seen);
                 turn = turn + 1 == team ? 0 : turn + 1;
             }
         }
-        for (int by = 16; by > 0; by /= 2) {
-            const double l = __shfl_xor_sync(kAll, largest, by);
-            const double d = __shfl_xor_sync(kAll, difference, by);
-            const unsigned b = __shfl_xor_sync(kAll, bad, by);
-            largest = l > largest ? l : largest;
-            difference = d > difference ? d : difference;
-            bad |= b;
-        }
-        Check* check = p.check + problem;
-        if (thread % 32 == 0) {
-            atomicMax(&check->largest, static_cast<unsigned long long>(__double_as_longlong(largest)));
-            atomicMax(&check->difference, static_cast<unsigned long long>(__double_as_longlong(difference)));
-            atomicOr(&check->bad, bad);
-        }
+        seen.add_to(p.check + problem, thread);
         team_barrier();
-        largest = __longlong_as_double(static_cast<long long>(check->largest));
-        difference = __longlong_as_double(static_cast<long long>(check->difference));
-        int status = kZipOk;
-        if (check->bad != 0) {
-            status = kZipNotFinite;
-        } else if (difference > kSymmetryTolerance * largest) {
-            status = kZipNotSymmetric;
-        }
+        const int status = verdict(p.check[problem]);
         if (status != kZipOk && block == 0) report(0, 0.0, status);
         return status == kZipOk;
     }
 
-    __device__ void load_tile(int row0, int column0, double* largest, double* difference, unsigned* bad) {
+    __device__ void load_tile(int row0, int column0, Seen* seen) {
         const int lane = thread % 32;
         for (int r = thread / 32; r < kTile; r += threads / 32) {
             const int i = row0 + r, k = column0 + lane;
             if (i >= p.n || k >= p.n) continue;
             const T x = p.similarity[units[i] * p.row_stride + units[k] * p.col_stride];
-            if (k > i) note(x, largest, bad);
+            if (k > i) seen->note(x);
             shared.tile[r][lane] = x;
         }
         __syncthreads();
@@ -198,18 +176,11 @@ class Zipper {
             if (i >= p.n || k >= i) continue;
             const T upper = shared.tile[lane][r];
             const T lower = p.similarity[units[i] * p.row_stride + units[k] * p.col_stride];
-            note(lower, largest, bad);
-            const T gap = upper > lower ? upper - lower : lower - upper;
-            if (static_cast<double>(gap) > *difference) *difference = static_cast<double>(gap);
+            seen->note(lower);
+            seen->compare(upper, lower);
             work[at(i, k)] = allowed(i, k, upper);
         }
         __syncthreads();
-    }
-
-    __device__ static void note(T x, double* largest, unsigned* bad) {
-        const T magnitude = x < 0 ? -x : x;
-        if (!(magnitude < static_cast<T>(INFINITY))) *bad = 1;  // NaN compares false
-        if (static_cast<double>(magnitude) > *largest) *largest = static_cast<double>(magnitude);
     }
 
     __device__ T allowed(int i, int k, T x) const {

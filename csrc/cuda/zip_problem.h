@@ -5,6 +5,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/run.h"
+#include "cuda/zip_check.h"
 #include "cuda/zip_pairs.h"
 
 namespace mudsc {
@@ -19,14 +20,6 @@ constexpr int kTile = 32;               // of the matrix, and a chunk of rows
 template <typename T>
 struct alignas(16) Packet {
     T lane[16 / sizeof(T)];
-};
-
-// What the loading of one problem found, as bits of doubles that are >= 0, so that they order as integers; and, between
-// two launches, the row merged last.
-struct Check {
-    unsigned long long largest, difference;
-    unsigned bad;
-    int last;
 };
 
 template <typename T>

@@ -14,8 +14,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ LONG = 0.3
 LONGEST = 4.0
 # Seconds. Calls that are shorter are repeated for about so long.
 SHORT = 2e-4
+# Bytes that are written before a cold call, at least.
+LEAST_OTHER = 80 << 20
 # A ratio this many times its target does not hang on noise: what takes long then keeps its first time.
 CLEAR = 2.0
 # Rounds at the least for two contenders that take turns.
@@ -65,6 +69,7 @@ class Row:
         at_most: instead of a ratio, seconds that ours may take.
         memory_at_most: besides, MiB of extra memory that ours may take.
         also: further verdicts on the same times, (case, against, target) each; each is a result of its own.
+        cold: other memory is written before each call that is timed, so that no contender finds tensors in the caches.
     """
 
     op: str
@@ -84,6 +89,7 @@ class Row:
     note: str = ""
     also: tuple[tuple[str, str, float], ...] = ()
     work_of: Mapping[str, float] = field(default_factory=dict)
+    cold: bool = False
 
 
 @dataclass
@@ -257,7 +263,7 @@ def _take_turns(
     # its own a contender keeps its tensors in the caches, as no merge does. How often is told by its second run, since
     # the first also brought its code and data there.
     again = {c.name: _seconds(c) if first[c.name] < 2e-2 else first[c.name] for c in turns}
-    repeats = {c.name: max(1, min(1000, int(SHORT / max(again[c.name], 1e-7)))) for c in turns}
+    repeats = {c.name: 1 if row.cold else max(1, min(1000, int(SHORT / max(again[c.name], 1e-7)))) for c in turns}
     least = TURNS if len(turns) > 1 else 1
     steady = min(STEADY[0], STEADY[1] * budget)
     start = time.perf_counter()
@@ -273,6 +279,8 @@ def _take_turns(
         for c in order.sample(playing, len(playing)):
             if c.run is None:
                 continue
+            if row.cold:
+                _fill_caches()
             begin = time.perf_counter()
             for _ in range(repeats[c.name]):
                 c.run()
@@ -280,6 +288,19 @@ def _take_turns(
     for name in once:
         times[name] = [first[name]]
     return times
+
+
+@cache
+def _other_memory() -> torch.Tensor:
+    """More than twice what the last cache holds, as far as the system tells."""
+    last = 0
+    with suppress(OSError, ValueError):  # "32768K"
+        last = int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip().rstrip("K")) << 10
+    return torch.zeros(max(LEAST_OTHER, 5 * last // 2), dtype=torch.uint8)
+
+
+def _fill_caches() -> None:
+    _other_memory().add_(1)
 
 
 def _seconds(contender: Contender) -> float:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import adapters, bench_assign, bench_covariance, bench_zip, refusal, report, suite
+from benchmarks import adapters, bench_assign, bench_covariance, bench_zip, harness, refusal, report, suite
 from benchmarks.harness import LONG, OURS, Contender, Result, Row, WrongResult, further, growth, run_row, threads_set
 from mudsc_fast.cli.app import cli
 
@@ -41,6 +41,22 @@ def test_ratio_is_of_times_taken_in_turns() -> None:
     assert 2.0 < result.ratios["slow"] < 3.5
     assert result.met
     assert result.measured == result.ratios["slow"]
+
+
+def test_cold_calls_follow_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(harness, "_fill_caches", lambda: seen.append("other"))
+
+    def short() -> float:
+        seen.append("call")
+        return 1.0
+
+    contenders = [Contender(OURS, short), Contender("b", short)]
+    run_row(row(contenders, target=1.0, rounds=3, cold=True))
+    timed = seen[seen.index("other") :]
+    assert len(timed) >= 12
+    assert timed == ["other", "call"] * (len(timed) // 2)  # and never repeated within a turn
+    assert harness._other_memory().numel() >= harness.LEAST_OTHER
 
 
 def test_wrong_result_is_never_timed() -> None:

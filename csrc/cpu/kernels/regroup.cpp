@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kTaskBytes = 256 << 10;
 constexpr int64_t kStreamFromBytes = 8 << 20;  // at least; see cache_bytes
-constexpr int64_t kFarBytes = 4 << 20;         // from here on runs are asked for before they are read
+constexpr int64_t kFarBytes = 1 << 20;         // from here on runs are asked for before they are read
 constexpr int64_t kBlockBytes = 2048;          // of a row, gathered in L1 before it is stored in whole lines
 constexpr int64_t kRowsInCache = 16 << 10;     // rows gathered at once must leave room in L1 for the index
 constexpr int64_t kTileUnits = 64 << 10;       // of an axis that is regrouped in tiles
@@ -268,8 +268,7 @@ void strided(const Worker& work, int64_t o, int64_t j0, int64_t j1) {
         const int64_t in_lines = min64(ceil_div(row, groups * kCacheLine), 64);
         const char* next = reinterpret_cast<const char*>(static_cast<const T*>(work.p.a.in) + next_at);
         next += j0 / Ahead::kGroup * in_lines * kCacheLine;
-        work.contiguous(out, in, j0, j1,
-                        Ahead{next, in_lines, ceil_div(Ahead::kGroup * bytes, kCacheLine), row <= Ahead::kNear});
+        work.contiguous(out, in, j0, j1, Ahead{next, in_lines, ceil_div(Ahead::kGroup * bytes, kCacheLine)});
         return;
     }
     for (int64_t j = j0; j < j1; ++j) {

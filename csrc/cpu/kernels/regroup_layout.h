@@ -159,15 +159,12 @@ inline void copy_run(char* out, const char* in, int64_t bytes, bool stream, cons
 }
 
 // Asks for what short runs need soon, a group of units at a time: neither what is read in any order nor what is written
-// in pieces is foreseen by the hardware. The next row into the first cache where that holds both rows, else into the
-// second one, as what is written.
+// in pieces is foreseen by the hardware. Into the second cache: the first has not enough open misses.
 struct Ahead {
     static constexpr int64_t kGroup = 16, kWritten = 4096;  // units; bytes from what is written to what is asked for
-    static constexpr int64_t kNear = 12 << 10;              // bytes of such rows
     const char* from;                                       // in what is read after this row
     int64_t in_lines;                                       // of it for each group
     int64_t out_lines;                                      // that a group fills
-    bool near;
 
     // The next group begins, and is written from `to` on.
     void ask(const void* to) {
@@ -180,13 +177,8 @@ struct Ahead {
     template <int64_t In, int64_t Out>
     void ask(const void* to) {
         const char* at = static_cast<const char*>(to) + kWritten;
-        if (near) {
 #pragma GCC unroll 32
-            for (int64_t i = 0; i < In; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
-        } else {
-#pragma GCC unroll 32
-            for (int64_t i = 0; i < In; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
-        }
+        for (int64_t i = 0; i < In; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 2);
 #pragma GCC unroll 32
         for (int64_t i = 0; i < Out; ++i) __builtin_prefetch(at + i * kCacheLine, 0, 2);
         from += In * kCacheLine;

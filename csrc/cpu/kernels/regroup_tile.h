@@ -73,8 +73,9 @@ struct Vector {
 #if defined(MUDSC_TILES)
 
 constexpr int64_t kVector = 16 * Vector::kLanes;  // bytes of a line
-constexpr int64_t kStage = 256;    // bytes of each output row that are put together before they are stored
-constexpr int64_t kTurn = 256;     // bytes of each row that are read in turn
+constexpr int64_t kStage = 256;  // bytes of each output row that are put together before they are stored
+constexpr int64_t kTurn = 256;   // bytes of each row that are read in turn
+constexpr int64_t kPage = 4096;
 constexpr int64_t kManyRows = 16;  // from here on
 // Bytes of each row that are asked for before they are read.
 constexpr int64_t forward(int64_t rows) { return rows >= kManyRows ? 1024 : 512; }
@@ -353,6 +354,13 @@ void tile(const Worker& work, const Tiling& t, char* lines, int64_t o, int64_t r
     const int64_t stages = ceil_div(p.l.units, in_stage);
     for (int64_t s = 0; s < stages; ++s) {
         const int64_t j = s * in_stage, n = min64(in_stage, p.l.units - j);
+        if constexpr (R >=
+                      kManyRows) {  // a look at each page of the next tile: the hardware does not go from page to page
+            const int64_t row = t.in_units * size, end = row * (s + 1) / stages;
+            for (int64_t b = ceil_div(row * s / stages, kPage) * kPage; b < end; b += kPage) {
+                for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(next[r]) + b, 0, 2);
+            }
+        }
         if (!p.stream && s + 1 < stages) {
             for (int r = 0; r < R; ++r) {
                 const char* to = reinterpret_cast<const char*>(out[r] + j + in_stage);

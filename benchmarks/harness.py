@@ -29,7 +29,7 @@ OURS = "mudsc_fast"
 LONG = 0.3
 LONGEST = 4.0
 # Seconds. Calls that are shorter are repeated for about so long.
-SHORT = 2e-4
+SHORT = 2e-3
 # Bytes that are written before a cold call, at least.
 LEAST_OTHER = 80 << 20
 # A ratio this many times its target does not hang on noise: what takes long then keeps its first time.
@@ -259,9 +259,8 @@ def _take_turns(
     if fresh:
         once.discard(OURS)
     turns = [c for c in running if c.name not in once]
-    # A call shorter than the clock and the scheduler resolve is repeated within a turn, but no more than that: on
-    # its own a contender keeps its tensors in the caches, as no merge does. How often is told by its second run, since
-    # the first also brought its code and data there.
+    # A call shorter than the clock and the scheduler resolve is repeated within a turn, unless it is to be cold; how
+    # often is told by its second run, since the first also brought its code and data into the caches.
     again = {c.name: _seconds(c) if first[c.name] < 2e-2 else first[c.name] for c in turns}
     repeats = {c.name: 1 if row.cold else max(1, min(1000, int(SHORT / max(again[c.name], 1e-7)))) for c in turns}
     least = TURNS if len(turns) > 1 else 1

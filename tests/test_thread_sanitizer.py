@@ -19,7 +19,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _run(folder: Path, *includes: Path) -> subprocess.CompletedProcess[str]:
+# On a busy machine the first thread may do all of a step before another one is awake: then there is nothing to find.
+TRIES = 8
+
+
+def _run(folder: Path, *includes: Path, tries: int = 1) -> subprocess.CompletedProcess[str]:
+    """Build and run; again, up to so many times, as long as nothing is found."""
     binary = folder / "zip_threads"
     paths = [f"-I{path}" for path in (*includes, ROOT / "csrc")]
     build = subprocess.run(
@@ -30,7 +35,11 @@ def _run(folder: Path, *includes: Path) -> subprocess.CompletedProcess[str]:
     assert build.returncode == 0, build.stderr
     # Its shadow memory wants a fixed layout.
     fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") is not None else []
-    return subprocess.run([*fixed, str(binary)], capture_output=True, text=True, timeout=300)
+    for _ in range(tries):
+        ran = subprocess.run([*fixed, str(binary)], capture_output=True, text=True, timeout=300)
+        if ran.returncode != 0:
+            break
+    return ran
 
 
 def test_zips_on_several_threads_share_nothing_unseen(tmp_path: Path) -> None:
@@ -46,4 +55,4 @@ def test_a_step_that_is_not_handed_over_is_found(tmp_path: Path) -> None:
     changed = tmp_path / "cpu" / "kernels" / "crew.h"
     changed.parent.mkdir(parents=True)
     changed.write_text(crew.replace(handed_over, handed_over.replace("RELEASE", "RELAXED")))
-    assert _run(tmp_path, tmp_path).returncode == FOUND_RACE
+    assert _run(tmp_path, tmp_path, tries=TRIES).returncode == FOUND_RACE

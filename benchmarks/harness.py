@@ -134,6 +134,14 @@ class Result:
         return {**asdict(self), "met": self.met}
 
 
+def as_time(seconds: float) -> str:
+    """Three digits, and the unit that suits them."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
 class WrongResult(RuntimeError):
     """A contender's result differs from the reference by more than its row allows."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .harness import OURS, as_time
 from .reasons import reason
-from .suite import as_time
 
 HEAD = "| kernel | case | size | ours | against | ratio | target | met | share of ceiling | extra MiB |"
 
@@ -26,14 +27,23 @@ def together(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def table(results: Mapping[str, Any]) -> str:
     """Rows below their target with the reason, then those that meet it, then the rest; growth; wrong results."""
-    rows = results["rows"]
     parts = []
-    low = [row for row in rows if row["met"] is False]
-    if low:
-        lines = [_cells(row) + f" {reason(row['op'], row['case'])} |" for row in low]
-        parts += ["Below target:", "\n".join([HEAD + " reason |", "|---" * 11 + "|", *lines])]
+    if any(row["met"] is False for row in results["rows"]):
+        parts += ["Below target:", below(results["rows"])]
+    return "\n\n".join([*parts, others(results)])
+
+
+def below(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows below their target, with the reason."""
+    lines = [_cells(row) + f" {reason(row['op'], row['case'])} |" for row in rows if row["met"] is False]
+    return "\n".join([HEAD + " reason |", "|---" * 11 + "|", *lines])
+
+
+def others(results: Mapping[str, Any]) -> str:
+    """Rows that meet their target and rows without one; growth; wrong results."""
+    parts = []
     for title, met in (("Target met:", True), ("Measured without a target:", None)):
-        kept = [_cells(row) for row in rows if row["met"] is met]
+        kept = [_cells(row) for row in results["rows"] if row["met"] is met]
         if kept:
             parts += [title, "\n".join([HEAD, "|---" * 10 + "|", *kept])]
     fits = list(results.get("exponents", ()))
@@ -51,9 +61,55 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def summary(results: Mapping[str, Any]) -> str:
+    """A line for all rows of a kernel that are held against the same contender with the same target."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["met"] is not None:
+            against = row["against"] if row["at_most"] is None and row["target"] is not None else ""
+            against = "quickest peer" if against == "best" else against
+            groups.setdefault((row["op"], against, _asked(row) or "memory"), []).append(row)
+    lines: dict[str, list[str]] = {}
+    for (op, against, asked), rows in groups.items():
+        only = f"{rows[0]['case']}, {rows[0]['size']}" if len(rows) == 1 else f"{len(rows)} rows"
+        met = sum(row["met"] for row in rows)
+        lines.setdefault(op, []).append(
+            f"| {op} | {against} | {only} | {asked} | {_reached(rows)} | {met} of {len(rows)} |"
+        )
+    for fit in results.get("exponents", ()):
+        if fit["target"] is not None:
+            case = f"{fit['case']}, growth from {fit['sizes'][0]} to {fit['sizes'][1]}"
+            met = int(fit["exponent"] <= fit["target"])
+            lines[fit["op"]].append(
+                f"| {fit['op']} |  | {case} | <= {fit['target']:g} | {fit['exponent']:.2f} | {met} of 1 |"
+            )
+    every = [line for found in lines.values() for line in found]
+    return "\n".join(["| kernel | against | rows | target | measured | met |", "|---" * 6 + "|", *every])
+
+
+def _reached(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What rows of one target reached: the only value, or the least, the greatest and, of three or more, the median."""
+    if rows[0]["at_most"] is not None:
+        found, show = [row["seconds"][OURS] for row in rows], as_time
+    elif rows[0]["target"] is not None:
+        found, show = [row["measured"] for row in rows], _times
+    else:
+        used = max(row["extra_mib"] / row["memory_at_most"] for row in rows)
+        return f"at most {100 * used:.0f} % of what each may take"
+    if len(found) == 1:
+        return show(found[0])
+    middle = f", median {show(statistics.median(found))}" if len(found) > 2 else ""
+    return f"{show(min(found))} to {show(max(found))}{middle}"
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    if row["at_most"] is not None:
+        return f"<= {as_time(row['at_most'])}"
+    return "" if row["target"] is None else f"{row['target']:g}x"
+
+
 def _cells(row: Mapping[str, Any]) -> str:
     ratio = row["measured"]
-    target = f"<= {row['at_most']:g} s" if row["at_most"] is not None else _times(row["target"])
     extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
     if row.get("memory_at_most") is not None:
         extra += f" (<= {row['memory_at_most']:.0f})"
@@ -61,10 +117,10 @@ def _cells(row: Mapping[str, Any]) -> str:
         row["op"],
         row["case"] + ("" if row["threads"] == 1 else f", {row['threads']} threads"),
         str(row["size"]),
-        as_time(row["seconds"]["mudsc_fast"]),
+        as_time(row["seconds"][OURS]),
         row["against"] if ratio is not None else "",
         _times(ratio),
-        target,
+        _asked(row),
         {True: "yes", False: "**no**", None: ""}[row["met"]],
         "" if row["ceiling_share"] is None else f"{100 * row['ceiling_share']:.0f} %",
         extra,

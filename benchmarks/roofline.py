@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import marked
 from benchmarks.proof.occupancy import Use, blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "triton-code.json"
 CUDA_RECORDS = ROOT / "benchmarks" / "results" / "cuda-code.json"
-BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 # Measured: bfloat16 products of 8192^3 random matrices by cuBLAS, and device copies (read and written bytes).
 PEAKS = {"H100": (798e12, 3.0e12), "H200": (769e12, 4.3e12)}
@@ -222,16 +222,6 @@ def reasons() -> Iterator[str]:
                 yield f"| {use} | sm_{chip} | {config.name} | {config.reason} |"
 
 
-def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put a table between its two marks in a document."""
-    document = path.read_text(encoding="utf-8")
-    head, rest = document.split(begin, 1)
-    _, tail = rest.split(end, 1)
-    part = path.with_suffix(".part")
-    part.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
-    part.replace(path)
-
-
 def main() -> None:
     """Print the table, or write it into a document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,7 +233,7 @@ def main() -> None:
     if options.write is None:
         print(text)
     else:
-        write(options.write, text)
+        marked.write(options.write, {"roofline": text.strip()})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
-"""``python -m benchmarks.scale_document``: what docs/scale.md says of the results of ``make scale``, written into it.
-
-Each part stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``.
-"""
+"""``python -m benchmarks.scale_document``: what docs/scale.md says of the results of ``make scale``."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import scale, wide_activations, wide_assignment
+from benchmarks import marked, scale, wide_activations, wide_assignment
 
 DOCUMENT = scale.ROOT / "docs" / "scale.md"
 _BUSY = 1.5  # wall time to CPU time of one thread, from which on the machine counts as busy
@@ -57,13 +53,7 @@ def renewed(text: str, large: Mapping[str, Any], wide: Mapping[str, Any], both: 
         "wide": [*rows[:dense], "", *rows[dense:]],
         "activations": wide_activations.table(dict(both)),
     }
-    for name, lines in parts.items():
-        block = re.compile(rf"(<!-- measured: {name} -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
-        if len(block.findall(text)) != 1:
-            raise ValueError(f"docs/scale.md: expected one part '<!-- measured: {name} -->' with its end")
-        body = "\n".join(lines)
-        text = block.sub(lambda found, body=body: found[1] + body + found[2], text)  # type: ignore[misc]
-    return text
+    return marked.renewed(text, {name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def results() -> tuple[Any, Any, Any]:

@@ -19,15 +19,15 @@ import torch
 
 import mudsc_fast as mf
 
-from . import ceilings
-from .harness import OURS, Result, WrongResult, further, growth, run_row
+from . import ceilings, pictures
+from .harness import OURS, Result, WrongResult, as_time, further, growth, run_row
 from .reasons import reason
 
 # What the growth of our time with size may be, and up to which size; the largest zip has a limit in seconds instead.
 GROWTH_TARGETS = {("zip", "one block"): (2.2, 8192), ("zip", "32 blocks"): (2.2, 8192)}
 OPS = ("covariance", "similarity", "assign", "zip", "regroup", "pipeline")
 # Seconds that each op takes on two cores (AMD Zen 4) that do nothing else: what a whole run is planned to need.
-PREDICTED = {"covariance": 115, "similarity": 65, "assign": 350, "zip": 135, "regroup": 65, "pipeline": 180}
+PREDICTED = {"covariance": 165, "similarity": 65, "assign": 350, "zip": 135, "regroup": 65, "pipeline": 180}
 
 
 def run(
@@ -196,13 +196,6 @@ def line(result: Result) -> str:
     return "  ".join(parts)
 
 
-def as_time(value: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
-
-
 def save(path: Path, results: Iterable[Result], about: dict[str, Any], failures: Sequence[str]) -> None:
     """Write one JSON file with everything a reader needs to judge the numbers."""
     rows = [{**r.to_json(), "reason": reason(r.op, r.case) if r.met is False else None} for r in results]
@@ -214,41 +207,5 @@ def save(path: Path, results: Iterable[Result], about: dict[str, Any], failures:
 
 
 def plot(folder: Path, results: Sequence[Result]) -> list[Path]:
-    """Draw time against size, log-log, one line a contender, one picture an op; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for op in dict.fromkeys(r.op for r in results):
-        groups: dict[tuple[str, int], list[Result]] = {}
-        for r in results:
-            if r.op == op:
-                groups.setdefault((r.case, r.threads), []).append(r)
-        drawn = {key: rows for key, rows in groups.items() if len({r.size for r in rows}) >= 2}
-        if not drawn:
-            continue
-        columns = min(3, len(drawn))
-        lines = -(-len(drawn) // columns)
-        size = (4.6 * columns, 3.6 * lines)
-        figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for ax, ((case, threads), rows) in zip(axes.flat, drawn.items(), strict=False):
-            for name in dict.fromkeys(n for r in rows for n in r.seconds):
-                points = sorted((r.size, r.seconds[name]) for r in rows if name in r.seconds)
-                style = {"linewidth": 2.4, "zorder": 3} if name == OURS else {"linewidth": 1.2}
-                ax.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
-            ax.set_title(f"{case}, {threads} thread{'s' if threads > 1 else ''}", fontsize=9)
-            ax.set_xlabel("size")
-            ax.set_ylabel("seconds")
-            ax.grid(alpha=0.3, which="both", linewidth=0.4)
-            ax.legend(fontsize=7)
-        for ax in axes.flat[len(drawn) :]:
-            ax.set_visible(False)
-        figure.suptitle(op)
-        path = folder / f"{op}.png"
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
-        written.append(path)
-    return written
+    """Draw the results into a folder, which needs matplotlib; returns the files."""
+    return pictures.draw(folder, [result.to_json() for result in results])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import roofline
+from benchmarks import marked, roofline
 from benchmarks.proof import occupancy
 
 DOCUMENT = roofline.ROOT / "docs" / "gpu.md"
@@ -25,7 +25,7 @@ def records(path: Path = roofline.RECORDS) -> list[dict[str, object]]:
 def test_the_document_shows_what_the_records_give() -> None:
     pytest.importorskip("triton")
     text = DOCUMENT.read_text(encoding="utf-8")
-    shown = text.split(roofline.BEGIN)[1].split(roofline.END)[0].strip()
+    shown = marked.part(text, "roofline")
     made = roofline.table(records(), records(roofline.CUDA_RECORDS)).strip()
     assert shown == made, "python -m benchmarks.roofline --write docs/gpu.md"
     assert shown.count("computed, not measured") == 3
@@ -127,9 +127,13 @@ def test_occupancy_is_that_of_cudas_own_rule(tmp_path: Path) -> None:
 
 def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:
     path = tmp_path / "document.md"
-    path.write_text(f"before\n{roofline.BEGIN}\nold\n{roofline.END}\nafter\n")
-    roofline.write(path, "new")
-    assert path.read_text() == f"before\n{roofline.BEGIN}\nnew\n{roofline.END}\nafter\n"
+    path.write_text("before\n<!-- a: begin -->\nold\n<!-- a: end -->\nafter\n")
+    marked.write(path, {"a": "new"})
+    assert path.read_text() == "before\n<!-- a: begin -->\n\nnew\n\n<!-- a: end -->\nafter\n"
+    assert marked.part(path.read_text(), "a") == "new"
+    with pytest.raises(ValueError, match="expected one part between <!-- b: begin -->"):
+        marked.write(path, {"a": "newer", "b": "new"})
+    assert marked.part(path.read_text(), "a") == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["document.md"]
 
 

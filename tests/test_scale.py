@@ -56,4 +56,4 @@ def test_the_document_shows_the_committed_results() -> None:
     changed = {**large, "planted": {**large["planted"], "sweeps": 9}}
     assert "in 9 sweeps" in scale_document.renewed(text, changed, wide, both)
     with pytest.raises(ValueError, match="expected one part"):
-        scale_document.renewed(text.replace("measured: steps", "steps"), large, wide, both)
+        scale_document.renewed(text.replace("steps: begin", "steps"), large, wide, both)

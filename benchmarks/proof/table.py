@@ -12,10 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import marked
 from benchmarks.proof.__main__ import RESULT, ROOT
-from benchmarks.roofline import write
 
-BEGIN, END = "<!-- proofs: begin -->", "<!-- proofs: end -->"
 # What each kernel is part of; those of one CUDA source share their cases.
 OPS = {
     "product.add_kernel": "covariance",
@@ -65,7 +64,7 @@ def main() -> None:
     if options.write is None:
         print(text)
     else:
-        write(ROOT / options.write, text, BEGIN, END)
+        marked.write(ROOT / options.write, {"proofs": text})
 
 
 if __name__ == "__main__":

@@ -72,8 +72,7 @@ def match(
         made for `decode` or `refit` afterwards; balance, attenuation and budget do not apply).
     balance: share of the weights in the similarity, 0 (activations alone, one visit a space) to 1.
     width: zip and select: merged units of a space, an int, a float share of its width, or {space: either}; None: its
-    width.
-        A share is rounded to whole units in every block.
+        width. A share is rounded to whole units in every block.
     attenuation: zip only: factor on the similarities of a merged unit. budget: zip only: share, 0..1, of the merges
         that may happen inside one model.
     seed: of the order in which spaces are visited. max_sweeps, patience: limits of all sweeps, and of sweeps in a row
@@ -93,7 +92,6 @@ def match(
     split_hubs: spaces that most others read (a residual stream) can hardly be matched beside them; True has all
         processes add up a share of such a space's tensors. Sums in another order round differently, so that labels are
         those of one process only where no two matches are equally good within float32.
-
     whole_blocks: select only: True takes heads of attention and groups of a norm whole from one model, since what they
         attend to and normalise is no sum over their units; False, and where the width changes, chooses unit by unit
         inside each pair of blocks.

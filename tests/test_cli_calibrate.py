@@ -149,6 +149,16 @@ def test_bad_input_is_exit_2(here: Path, capsys: pytest.CaptureFixture[str], cas
     assert Path("old").read_text() == "keep"
 
 
+@pytest.mark.parametrize("limit", [(), ("--max-memory", "8GB")])
+def test_inputs_that_the_network_cannot_take_are_named(
+    here: Path, capsys: pytest.CaptureFixture[str], limit: tuple[str, ...]
+) -> None:
+    np.save("narrow.npy", np.zeros((30, 7)))
+    assert main([*CALL, "--model", "mlpfactory:build", "--inputs", "narrow.npy", *limit]) == 1
+    assert "--inputs narrow.npy: with a batch of shape (30, 7): mat1 and mat2" in capsys.readouterr().err
+    assert not Path("s.safetensors").exists()
+
+
 # --- Hugging Face folders --------------------------------------------------------------------------------------------
 
 
@@ -230,6 +240,10 @@ def test_transformers_missing(here: Path, capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["calibrate", "a", "b", "--inputs", "x.npy", "-o", "s.safetensors"]) == 2
     assert "pip install 'mudsc-fast[hf]'" in capsys.readouterr().err
+    for name in "ab":  # tensors of no family, so that the network would have to be traced
+        save_file({"layer.weight": torch.ones(3, 3, 3), "odd": torch.ones(2)}, here / name / "model.safetensors")
+    assert main(["merge", "a", "b", "-o", "m"]) == 2
+    assert "traced without transformers: pip install 'mudsc-fast[hf]'" in capsys.readouterr().err
 
 
 def test_heads_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,6 +224,12 @@ def test_mistakes_are_told_in_the_order_of_their_lines(folder: Path, capsys: pyt
     assert said.index("run.yml:3: metod") < said.index("run.yml:4: seed") < said.index("run.yml:5: wieghts")
 
 
+def test_a_configuration_of_mergekits_is_sent_to_its_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, "merge_method: linear\nmodels: []\n")
+    assert main(["run", "run.yml"]) == 2
+    assert "'mudsc-fast mergekit run.yml OUT' runs it" in capsys.readouterr().err
+
+
 def test_files_that_are_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run.yml").write_bytes(b"\xff\xfe\x00a")
     for words, said in (

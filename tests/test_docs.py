@@ -119,6 +119,17 @@ def test_the_site_names_what_exists() -> None:
             assert found.__doc__, f"{document.name}: {name} has no docstring"
 
 
+def test_lines_about_arguments_become_a_list_on_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    made = importlib.import_module("docstring_sections").with_sections
+    text = "Do it.\n\nwidth: units. seed, tries: of the\n    order. Note: zip: no.\n\nnote: no argument.\nmode: which."
+    assert made(text, ["width", "seed", "tries", "mode"]) == (
+        "Do it.\n\nArgs:\n    width: units.\n    seed: of the order. Note: zip: no.\n    tries: see `seed`.\n"
+        "    mode: which.\n\nnote: no argument."
+    )
+    assert made("Width: none.\n\nRaises ValueError.", ["width"]) == "Width: none.\n\nRaises ValueError."
+
+
 def _referenced() -> list[tuple[str, Any]]:
     """Every function, class and method on the reference pages."""
     found: dict[int, tuple[str, Any]] = {}

@@ -57,7 +57,14 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
 
 
 @click.group(cls=Commands, context_settings=CONTEXT, invoke_without_command=True)
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it.")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Merge trained networks without training them again.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -98,8 +101,8 @@ def calibrate(
     if source is None or len([x for x in (inputs, text, images) if x is not None]) > 1:
         raise click.UsageError("give one of --inputs FILE, --text FILE and --images DIR")
     # Before models are loaded, which may take minutes.
+    flag, kind = ("--images", "folder") if images else ("--text" if text else "--inputs", "file")
     if not source.exists():
-        flag, kind = ("--images", "folder") if images else ("--text" if text else "--inputs", "file")
         raise FileNotFoundError(f"{flag}: no such {kind}: {source}")
     import torch
 
@@ -132,17 +135,19 @@ def calibrate(
         spec = find_spec(opened[0], spec_from, heads, groups)
     limit = work.limit_of(max_memory)
     if limit is not None:
-        spaces, passes = calibrate_to_file(
-            models, batches, spec, output, limit, scope, where, progress=not settings.quiet, group=world
-        )
+        with _naming(flag, source, batches):
+            spaces, passes = calibrate_to_file(
+                models, batches, spec, output, limit, scope, where, progress=not settings.quiet, group=world
+            )
         settings.say(
             f"calibrated {len(models)} checkpoints on {batches.rows} rows in {passes} passes: {spaces} of "
             f"{len(spec.spaces)} spaces in {output}, {time.perf_counter() - start:.1f} s"
         )
         return
-    stats = calibration.calibrate(
-        models, batches, spec, scope=scope, device=where, progress=not settings.quiet, group=world
-    )
+    with _naming(flag, source, batches):
+        stats = calibration.calibrate(
+            models, batches, spec, scope=scope, device=where, progress=not settings.quiet, group=world
+        )
     if world is None:
         stats.save(output)
     else:
@@ -151,3 +156,15 @@ def calibrate(
         f"calibrated {len(models)} checkpoints on {batches.rows} rows: {len(stats)} of {len(spec.spaces)} spaces in "
         f"{output}, {time.perf_counter() - start:.1f} s"
     )
+
+
+@contextmanager
+def _naming(flag: str, source: Path, batches: Any) -> Iterator[None]:
+    """Errors of the networks themselves name the inputs: mostly these have another shape than the network takes."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = next(iter(batches))
+        named = first if isinstance(first, dict) else {"a batch": first}
+        shapes = ", ".join(f"{name} of shape {tuple(x.shape)}" for name, x in named.items())
+        raise RuntimeError(f"{flag} {source}: with {shapes}: {error}") from error

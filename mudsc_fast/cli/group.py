@@ -110,6 +110,8 @@ def _of_file(path: str, rest: Iterable[str]) -> list[str]:
     document = Document(_read(path), path)
     command = document.data.get("command")
     if not isinstance(command, str):
+        if "merge_method" in document.data:
+            raise ValueError(f"{path}: a configuration of mergekit's: 'mudsc-fast mergekit {path} OUT' runs it")
         raise ValueError(f"{path}: command: missing; 'mudsc-fast run' needs it, such as 'command: merge'")
     return [command, "--config", path, *rest]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -149,7 +150,9 @@ def _builder(checkpoint: AnyFolder) -> Any:
             f"{path.parent}: transformers builds the networks of Hugging Face folders: pip install 'mudsc-fast[hf]', "
             "or give --model"
         ) from error
-    if options.settings().quiet:
+    settings = options.settings()
+    # Its bars are for a terminal: in a log, or between lines of JSON, they are noise.
+    if settings.quiet or settings.log_format == "json" or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     # Only classes of transformers itself: a folder's own code is never run.
     builder = getattr(transformers, str(name), None)

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     "with batch norm it must recompute the running statistics (mudsc_fast.reset_batchnorm) before it measures.",
 )
 @click.option("--resolution", type=click.IntRange(min=2), default=21, show_default=True, help="Points a side.")
-@click.option("--margin", type=click.FloatRange(min=0), default=0.3, show_default=True, help="Reach beyond the three.")
+@click.option(
+    "--margin",
+    type=click.FloatRange(min=0),
+    default=0.3,
+    show_default=True,
+    help="How far the plane reaches beyond the three, in widths and heights of what they span.",
+)
 @click.option(
     "--low",
     type=click.FloatRange(0, 1),

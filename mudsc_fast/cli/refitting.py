@@ -211,7 +211,7 @@ class Refitted:
             progress=not settings.quiet,
             spill=request.spill,
         )
-        settings.say(f"refitted {layers} layers on {len(batches)} batches")
+        settings.say(f"refitted {layers} layers on {len(batches)} batch{'' if len(batches) == 1 else 'es'}")
         found = merged.state_dict()
         return {disk: found[name].detach() for name, disk in names.items()}
 

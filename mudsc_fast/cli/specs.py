@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +28,22 @@ def find_spec(
 
     if spec_from != "auto":
         return _from_file(spec_from, checkpoint)
-    if heads is None and groups is None and huggingface.has_config(checkpoint):
+    configured = huggingface.has_config(checkpoint)
+    if heads is None and groups is None and configured:
         found = _from_network(checkpoint)
         if found is not None:
             return found
         told = huggingface.read_config(checkpoint).get("num_attention_heads")
         heads = told if isinstance(told, int) else None
-    return spec_for(checkpoint.meta(), heads=heads, groups=groups)
+    try:
+        return spec_for(checkpoint.meta(), heads=heads, groups=groups)
+    except ValueError as error:
+        if configured and importlib.util.find_spec("transformers") is None:
+            raise ValueError(
+                f"{checkpoint.path}: no family that is known by its tensors' names, and the network of config.json "
+                "cannot be traced without transformers: pip install 'mudsc-fast[hf]', or give --spec FILE.json"
+            ) from error
+        raise
 
 
 def _from_file(path: str, checkpoint: AnyCheckpoint) -> PermutationSpec:

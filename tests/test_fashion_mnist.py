@@ -118,7 +118,7 @@ def test_the_study_runs_and_goes_on(files: Path, tmp_path: Path, monkeypatch: py
     assert "heterogeneous" in output
     assert "| mlp | MuDSC zip |" in output
     run("plots", "--results", str(results), "--figures", str(figures))
-    for name in ("methods-halves", "landscape-mlp-zip", "landscape-mlp-best", "paths-mlp"):
+    for name in ("methods-halves", "summary-halves", "landscape-mlp-zip", "landscape-mlp-best", "paths-mlp"):
         assert (figures / f"{name}.png").stat().st_size > 5000
         assert (figures / f"{name}.svg").stat().st_size > 5000
     assert json.loads(results.read_text())["results"]["halves"]["mlp"]["0"]["rows"]["parents"] == rows["parents"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from fashion_mnist.table import BETTER_BODY, RESULTS, values
 # Of the controls of one kind those with heads are drawn, the better of the two bodies as one row.
 DRAWN = (*(m for m in METHODS if m not in REFERENCE and m not in CONTROLS), BETTER_BODY,
          "control: random halves + refit, heads")  # fmt: skip
+SUMMARY = ("average", "MuDSC align", "activation zip (ZipIt)", "MuDSC zip", "zip + decoder + rescaling",
+           "best, without heads", "best, heads known", BETTER_BODY,
+           "control: random halves + refit, heads")  # fmt: skip
 GROUPS = {"plain": "#5d6d7e", "repaired": "#0072b2", "refitted": "#009e73", "control": "#d55e00"}
 
 
@@ -29,17 +33,17 @@ def group_of(method: str) -> str:
     return "control" if method.startswith("control") else "refitted"
 
 
-def draw_methods(split: dict[str, Any], stem: Path) -> list[Path]:
+def draw_methods(split: dict[str, Any], stem: Path, methods: Sequence[str] = DRAWN) -> list[Path]:
     """Write STEM.png and STEM.svg: a panel a network, a row a method, a dot a seed; parents and ensemble as lines."""
     import matplotlib.figure
 
     networks = [n for n in NETWORKS if n in split]
-    drawn = [method for method in DRAWN if any(values(split[n], method, "mean") for n in networks)]
+    drawn = [method for method in methods if any(values(split[n], method, "mean") for n in networks)]
     rows = {method: -k for k, method in enumerate(drawn)}
     figure = matplotlib.figure.Figure(
-        figsize=(2.6 + 2.1 * len(networks), 1.5 + 0.22 * len(drawn)), layout="constrained"
+        figsize=(2.6 + 1.5 * len(networks), 1.5 + 0.22 * len(drawn)), layout="constrained"
     )
-    panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(networks), squeeze=False, sharex=True, sharey=True)[0]
     for network, panel in zip(networks, panels, strict=True):
         for method, y in rows.items():
             found = values(split[network], method, "mean")
@@ -51,7 +55,7 @@ def draw_methods(split: dict[str, Any], stem: Path) -> list[Path]:
             level = values(split[network], reference, "mean")
             panel.axvline(statistics.mean(level), color="black", linewidth=0.9, linestyle=style, label=reference)
         panel.set_title(network)
-        panel.set_xlim(right=100)
+        panel.set(xlim=(0, 100), xticks=(0, 50, 100))
         panel.grid(axis="y", color="#e5e7e9", linewidth=0.8)
         panel.set_axisbelow(True)
         for side in ("top", "right", "left"):
@@ -80,3 +84,6 @@ def main(results: Path, figures: Path) -> None:
         if split in found:
             for path in draw_methods(found[split], figures / f"methods-{split}"):
                 click.echo(path)
+    if "halves" in found:
+        for path in draw_methods(found["halves"], figures / "summary-halves", SUMMARY):
+            click.echo(path)

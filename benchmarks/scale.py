@@ -29,6 +29,7 @@ from benchmarks.scale_watch import run_logged, watched
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PLOT = ROOT / "docs" / "images" / "scale-memory.png"
 GB = 10**9
 
 
@@ -311,24 +312,24 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     case, run = result["case"], result["runs"]["merge"]
-    figure, axes = pyplot.subplots(figsize=(8, 3.4), dpi=90)
+    figure, axes = pyplot.subplots(figsize=(8, 3.8), dpi=90)
     limit = _bytes(case["limit"]) / 1e9
+    colours = {"residual stream": "tab:orange", "MLPs": "tab:green"}
     for step in run["steps"]:
         if "visit" in step and step["seconds"] > 0.01 * run["seconds"]:
-            colour = "tab:orange" if step["visit"][0] == "residual" else "tab:green"
+            kind = "residual stream" if step["visit"][0] == "residual" else "MLPs"
             offset = run["seconds"] - run["steps"][-1]["at"]
-            axes.axvspan(offset + step["at"] - step["seconds"], offset + step["at"], alpha=0.18, color=colour, lw=0)
-    axes.plot([t for t, _ in run["curve"]], [m / 1e3 for _, m in run["curve"]], lw=1.2, color="tab:blue")
-    axes.axhline(limit, color="tab:red", lw=1, ls="--")
-    axes.text(0, limit, f" --max-memory {case['limit']}", color="tab:red", va="bottom", fontsize=8)
-    both = 2 * result["bytes"]["a"] / 1e9
-    axes.set(xlabel="seconds", ylabel="resident GB", ylim=(0, 1.15 * max(limit, 0.1)))
-    axes.set_title(
-        f"Merging two {both / 2:.1f} GB checkpoints, {case['layers']} layers of width {case['hidden']} "
-        "(orange: residual stream, green: MLPs)",
-        fontsize=8,
-    )
-    figure.tight_layout()
+            start, end = offset + step["at"] - step["seconds"], offset + step["at"]
+            axes.axvspan(start, end, alpha=0.18, color=colours[kind], lw=0)
+    for kind, colour in colours.items():
+        axes.axvspan(0, 0, alpha=0.3, color=colour, lw=0, label=f"matching: {kind}")
+    axes.plot([t for t, _ in run["curve"]], [m / 1e3 for _, m in run["curve"]], color="tab:blue", label="held")
+    axes.axhline(limit, color="tab:red", lw=1.2, ls="--", label=f"--max-memory {case['limit']}")
+    axes.set(xlabel="seconds", ylabel="resident memory, GB", ylim=(0, 1.15 * max(limit, 0.1)))
+    size = result["bytes"]["a"] / 1e9
+    axes.set_title(f"Merging two checkpoints of {size:.1f} GB, {case['layers']} layers of width {case['hidden']}")
+    figure.legend(loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -375,7 +376,7 @@ def main() -> int:
         result["extrapolated"] = extrapolate(result)
     out = given.out or RESULTS / f"scale-{case.name}.json"
     out.write_text(json.dumps(result, indent=None, separators=(",", ":")).replace('"runs"', '\n"runs"') + "\n")
-    draw(result, given.plot or ROOT / "docs" / "images" / "scale-memory.png")
+    draw(result, given.plot or PLOT)
     sound = result["planted"]["exact_spaces"] == result["planted"]["spaces"]
     within = all(run["peak_resident_mb"] * 1e6 <= _bytes(case.limit) for run in result["runs"].values())
     return 0 if sound and within else 1

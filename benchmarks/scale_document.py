@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scale_document``: what docs/scale.md says of the results of ``make scale``."""
+"""``python -m benchmarks.scale_document``: what docs/scale.md shows of ``make scale``, and its picture."""
 
 from __future__ import annotations
 
@@ -64,4 +64,6 @@ def results() -> tuple[Any, Any, Any]:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(renewed(DOCUMENT.read_text(encoding="utf-8"), *results()), encoding="utf-8")
+    found = results()
+    DOCUMENT.write_text(renewed(DOCUMENT.read_text(encoding="utf-8"), *found), encoding="utf-8")
+    scale.draw(found[0], scale.PLOT)

@@ -121,6 +121,7 @@ def calibrate_to_file(
     device: torch.device | str | None = None,
     progress: Progress = False,
     group: Any = None,
+    about: Mapping[str, Any] | None = None,
 ) -> tuple[int, int]:
     """Record the statistics that ``calibrate`` gives straight into a file, within `max_memory` bytes.
 
@@ -128,7 +129,7 @@ def calibrate_to_file(
     each; of a space whose own statistics do not fit, scope "cross" records as many rows in a pass as fit. `batches` is
     read once a pass and gives the same samples each time, in any order. Other arguments as in ``calibrate``; of several
     processes the one with the least memory left says what goes together, each pass is shared among them, and the first
-    one writes.
+    one writes. about: what else goes into the file's header.
 
     Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if that does not fit, and
     for batches that give other numbers of samples in each pass; IsADirectoryError for a folder.
@@ -163,7 +164,7 @@ def calibrate_to_file(
             passes += 1
             _by_first(world, partial(_save, stats, parts[-1]))
             del stats
-        _by_first(world, partial(join_stats, parts, target, [space.name for space in spec.spaces]))
+        _by_first(world, partial(join_stats, parts, target, [space.name for space in spec.spaces], about))
     return sum(map(len, groups)), passes
 
 
@@ -260,10 +261,13 @@ def _by_first(world: World | None, work: Callable[[], None]) -> None:
     work() if world is None else world.first(work)
 
 
-def join_stats(parts: Sequence[PathLike], path: PathLike, order: Sequence[str]) -> None:
+def join_stats(
+    parts: Sequence[PathLike], path: PathLike, order: Sequence[str], about: Mapping[str, Any] | None = None
+) -> None:
     """Write the statistics of several files into one, tensor by tensor, whole or not at all.
 
-    order: the spaces, as they shall stand in the file; those that no part has are left out.
+    order: the spaces, as they shall stand in the file; those that no part has are left out. about: what else goes into
+    its header.
     """
     files = [StatsFile(part) for part in parts]
     found = {name: file for file in files for name in file}
@@ -279,7 +283,7 @@ def join_stats(parts: Sequence[PathLike], path: PathLike, order: Sequence[str]) 
             spaces.append({"name": name, "plain": file._plain[name]})
     target = Path(path)
     made = target.with_name(f".{target.name}.{secrets.token_hex(4)}.safetensors")
-    header = {KEY: json.dumps({"kind": KIND, "version": 1, "spaces": spaces})}
+    header = {KEY: json.dumps({"kind": KIND, "version": 1, "spaces": spaces, **(about or {})})}
     with CheckpointWriter(made, layout, metadata=header) as writer:
         for name, (file, stored) in sources.items():
             shape = layout[name].shape

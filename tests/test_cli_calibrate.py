@@ -159,6 +159,27 @@ def test_inputs_that_the_network_cannot_take_are_named(
     assert not Path("s.safetensors").exists()
 
 
+@pytest.mark.parametrize("limit", [(), ("--max-memory", "8GB")])
+def test_statistics_know_their_checkpoints(
+    here: Path, capsys: pytest.CaptureFixture[str], limit: tuple[str, ...]
+) -> None:
+    assert main([*CALL, "--model", "mlpfactory:build", "--inputs", "x.npy", "-q", *limit]) == 0
+    merge = ("merge", "--stats", "s.safetensors", "-o", "m.safetensors")
+    assert main([*merge, "b.safetensors", "a.safetensors"]) == 2
+    assert "in another order; give them as a.safetensors b.safetensors" in capsys.readouterr().err
+    assert not Path("m.safetensors").exists()
+    assert main([*merge, "a.safetensors", "b.safetensors"]) == 0
+    assert "note" not in capsys.readouterr().err
+    torch.manual_seed(5)
+    save_file(networks.MLP(inputs=12, widths=(20, 16), num_outputs=5).state_dict(), "c.safetensors")
+    assert main([*merge, "a.safetensors", "c.safetensors", "--force"]) == 0
+    assert "note: --stats s.safetensors was recorded on other checkpoints" in capsys.readouterr().err
+    # Those that Python saved do not say where they come from.
+    mf.ActivationStats.load("s.safetensors").save("plain.safetensors")
+    assert main(["merge", "b.safetensors", "a.safetensors", "--stats", "plain.safetensors", "-o", "p.safetensors"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
 # --- Hugging Face folders --------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def calibrate(
     """Record the activation statistics of two or more checkpoints on the same inputs.
 
     The inputs need no labels; a few hundred to a few thousand rows of the data that the merged network will see are
-    enough. Give the checkpoints in the order in which they will be merged.
+    enough. Give the checkpoints in the order in which they will be merged; merge refuses another one.
 
     \b
     A network of your own, built by the function `build` in net.py:
@@ -109,8 +110,10 @@ def calibrate(
     from mudsc_fast import calibration
     from mudsc_fast.cli.inputs import Batches
     from mudsc_fast.cli.models import build_model
+    from mudsc_fast.cli.origins import ORIGINS, digests
     from mudsc_fast.cli.specs import find_spec
     from mudsc_fast.cli.texts import ImageBatches, TextBatches
+    from mudsc_fast.records import write_record
     from mudsc_fast.specs import spec_for
     from mudsc_fast.stats_files import calibrate_to_file
 
@@ -133,11 +136,12 @@ def calibrate(
         spec = spec_for(models[0], heads=heads, groups=groups)
     else:
         spec = find_spec(opened[0], spec_from, heads, groups)
+    about = {ORIGINS: digests(opened)}
     limit = work.limit_of(max_memory)
     if limit is not None:
         with _naming(flag, source, batches):
             spaces, passes = calibrate_to_file(
-                models, batches, spec, output, limit, scope, where, progress=not settings.quiet, group=world
+                models, batches, spec, output, limit, scope, where, not settings.quiet, world, about
             )
         settings.say(
             f"calibrated {len(models)} checkpoints on {batches.rows} rows in {passes} passes: {spaces} of "
@@ -148,10 +152,12 @@ def calibrate(
         stats = calibration.calibrate(
             models, batches, spec, scope=scope, device=where, progress=not settings.quiet, group=world
         )
+    tensors, header = stats.parts()
+    save = partial(write_record, output, calibration.KIND, tensors, {**header, **about})
     if world is None:
-        stats.save(output)
+        save()
     else:
-        world.first(lambda: stats.save(output))
+        world.first(save)
     settings.say(
         f"calibrated {len(models)} checkpoints on {batches.rows} rows: {len(stats)} of {len(spec.spaces)} spaces in "
         f"{output}, {time.perf_counter() - start:.1f} s"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mudsc_fast.cli import huggingface, options, work
 from mudsc_fast.cli.card import model_card
+from mudsc_fast.cli.origins import check_origins
 from mudsc_fast.cli.progress import track
 from mudsc_fast.cli.specs import find_spec
 from mudsc_fast.cli.verifying import check_law
@@ -84,6 +85,8 @@ def prepare(request: Request, device: torch.device, world: World | None) -> Job:
 
     limit = work.limit_of(request.max_memory)
     opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
+    if request.stats is not None:
+        check_origins(request.stats, opened)
     states: States = opened
     given = None
     if request.method == "average":

@@ -1,4 +1,4 @@
-"""Which checkpoints a file of statistics was recorded on, and in which order: in its header, for ``merge`` to look at."""
+"""Which checkpoints a file of statistics was recorded on, in which order: in its header, and ``merge`` looks at it."""
 
 from __future__ import annotations
 

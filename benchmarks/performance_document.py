@@ -1,7 +1,7 @@
 """``python -m benchmarks.performance_document``: the committed run as tables and pictures in docs/.
 
-docs/performance.md takes the summary and the rows below their target, docs/performance-rows.md every other row, and
-docs/images/performance/ the pictures (matplotlib is needed for these alone).
+README.md takes a table of a few lines, docs/performance.md the summary and the rows below their target,
+docs/performance-rows.md every other row, and docs/images/performance/ the pictures (matplotlib is needed for these).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from . import marked, pictures, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-zen4.json"
+README = ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "performance.md"
 ROWS = ROOT / "docs" / "performance-rows.md"
 PICTURES = ROOT / "docs" / "images" / "performance"
@@ -36,6 +37,38 @@ def about(results: Mapping[str, Any]) -> str:
     )
 
 
+# A step of a merge, what it is beside, and its rows: op, contender, and the beginning of the case.
+_HEADLINES = (
+    ("covariance of activations, bfloat16", "torch's product", ("covariance", "torch bf16 mm", "")),
+    ("similarity by weights and activations", "the official algorithm", ("similarity", "official algorithm", "dual")),
+    (
+        "assignment, 4096 units and more",
+        "the quickest of scipy, lapjv, lapx, lapcpp (geometric mean)",
+        ("assign", "best", "geometric mean"),
+    ),
+    ("zip", "the official algorithm", ("zip", "official algorithm", "")),
+    ("a whole merge, align", "the official algorithm", ("pipeline", "official algorithm", "")),
+    ("a whole merge, zip", "the official algorithm", ("pipeline", "official algorithm", "")),
+)
+
+
+def headlines(results: Mapping[str, Any]) -> str:
+    """How many times as fast each step of a merge is, for readers in a hurry."""
+    lines = ["| step | beside | times as fast |", "|---|---|---|"]
+    for step, beside, (op, against, begins) in _HEADLINES:
+        way = step.split(", ")[1] if op == "pipeline" else ""
+        rows = [
+            row
+            for row in results["rows"]
+            if (row["op"], row["against"]) == (op, against)
+            and row["case"].startswith(begins)
+            and way in row["case"]
+            and row["target"] is not None
+        ]
+        lines.append(f"| {step} | {beside} | {report.reached(rows)} |")
+    return "\n".join(lines)
+
+
 def parts(results: Mapping[str, Any]) -> dict[str, str]:
     """What docs/performance.md shows of a run."""
     return {
@@ -48,6 +81,7 @@ def parts(results: Mapping[str, Any]) -> dict[str, str]:
 def main() -> None:
     """Write the tables and the pictures of the committed run."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    marked.write(README, {"speed": headlines(results)})
     marked.write(DOCUMENT, parts(results))
     marked.write(ROWS, {"rows": report.others(results)})
     for path in pictures.draw(PICTURES, results["rows"]):

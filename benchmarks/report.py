@@ -74,7 +74,7 @@ def summary(results: Mapping[str, Any]) -> str:
         only = f"{rows[0]['case']}, {rows[0]['size']}" if len(rows) == 1 else f"{len(rows)} rows"
         met = sum(row["met"] for row in rows)
         lines.setdefault(op, []).append(
-            f"| {op} | {against} | {only} | {asked} | {_reached(rows)} | {met} of {len(rows)} |"
+            f"| {op} | {against} | {only} | {asked} | {reached(rows)} | {met} of {len(rows)} |"
         )
     for fit in results.get("exponents", ()):
         if fit["target"] is not None:
@@ -87,7 +87,7 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(["| kernel | against | rows | target | measured | met |", "|---" * 6 + "|", *every])
 
 
-def _reached(rows: Sequence[Mapping[str, Any]]) -> str:
+def reached(rows: Sequence[Mapping[str, Any]]) -> str:
     """What rows of one target reached: the only value, or the least, the greatest and, of three or more, the median."""
     if rows[0]["at_most"] is not None:
         found, show = [row["seconds"][OURS] for row in rows], as_time

@@ -24,6 +24,8 @@ def test_the_documents_show_the_committed_run() -> None:
     how = "python -m benchmarks.performance_document"
     text = performance_document.DOCUMENT.read_text(encoding="utf-8")
     assert marked.renewed(text, performance_document.parts(RUN)) == text, how
+    readme = performance_document.README.read_text(encoding="utf-8")
+    assert marked.renewed(readme, {"speed": performance_document.headlines(RUN)}) == readme, how
     rows = performance_document.ROWS.read_text(encoding="utf-8")
     assert marked.renewed(rows, {"rows": report.others(RUN)}) == rows, how
     drawn = [op for op in RUN["seconds_by_op"] if pictures.panels(RUN["rows"], op)]

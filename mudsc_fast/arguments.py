@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.scalars import check_number, integer
 from mudsc_fast.spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -18,18 +19,30 @@ if TYPE_CHECKING:
 Width = int | float | Mapping[str, int | float]
 
 
-def check_share(name: str, value: float, top: float | None = 1.0) -> None:
-    """ValueError unless 0 <= value <= top (None: no upper limit)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not 0 <= value <= (sys.float_info.max if top is None else top):
+def check_share(name: str, value: float, top: float | None = 1.0) -> float:
+    """The value as a float; ValueError unless 0 <= value <= top (None: no upper limit)."""
+    share = check_number(name, value)
+    if not 0 <= share <= (sys.float_info.max if top is None else top):
         raise ValueError(f"{name}: expected a number {'in 0..1' if top == 1 else '>= 0 and finite'}, got {value!r}")
+    return share
 
 
-def check_count(name: str, value: int, least: int) -> None:
-    """ValueError unless an integer >= least."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def check_count(name: str, value: int, least: int) -> int:
+    """The value as an int; ValueError unless an integer >= least."""
+    found = integer(value)
+    if found is None or found < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    return found
+
+
+def check_seed(seed: int) -> int:
+    """The seed as an int; TypeError unless an integer, ValueError unless torch takes it."""
+    found = integer(seed)
+    if found is None:
+        raise TypeError(f"seed: expected an integer, got {seed!r}")
+    if not -(2**63) <= found < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
+    return found
 
 
 def check_spec(spec: PermutationSpec) -> None:
@@ -95,7 +108,9 @@ def check_activations(
 
 
 def check_start(start: MergePlan, spec: PermutationSpec, models: int, method: str) -> None:
-    """ValueError unless the plan has the spec's spaces, the method and the number of models."""
+    """TypeError unless a plan, ValueError unless it has the spec's spaces, the method and the number of models."""
+    if not hasattr(start, "labels"):
+        raise TypeError(f"start: expected a MergePlan, got {type(start).__name__}")
     ours = {space.name: (space.width, space.blocks) for space in spec.spaces}
     theirs = {space.name: (space.width, space.blocks) for space in start.spec.spaces}
     if ours != theirs:
@@ -130,9 +145,12 @@ def merged_widths(spec: PermutationSpec, method: str, width: Width | None, model
 
 def _merged_width(space: Space, width: int | float, models: int) -> int:
     total = models * space.width
-    if isinstance(width, bool) or not isinstance(width, int | float):
+    units = integer(width)
+    if units is not None:
+        width = units
+    elif isinstance(width, bool) or not isinstance(width, float):
         raise TypeError(f"width: expected an int, a float share or a mapping of these, got {width!r}")
-    if isinstance(width, float):
+    else:
         if not 0 < width <= models:
             raise ValueError(f"width: expected a share in 0..{models} for space {space.name!r}, got {width}")
         width = max(1, round(space.width // space.blocks * width)) * space.blocks

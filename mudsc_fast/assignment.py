@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mudsc_fast import backends
 from mudsc_fast.backends.cpu import assign_lone
+from mudsc_fast.scalars import integer
 
 # A float64 matrix whose duals leave the range of float64 is solved again with all entries times this.
 _DOWN = 2.0**-200
@@ -93,7 +94,10 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
     Source: docs/method.md rule 4.
     """
     if duals is None and backend == "auto":
-        packed = assign_lone(similarity)
+        try:
+            packed = assign_lone(similarity)
+        except RuntimeError:  # of a tensor without a place in memory; the checks below say what it is
+            packed = None
         if packed is not None:
             found = object.__new__(Assignment)
             found.__dict__["_packed"] = packed
@@ -179,9 +183,13 @@ def assign_blocks(
         if not isinstance(within, str):
             raise ValueError("within: expected one string for one similarity, got a sequence")
         return assign_blocks([similarity], blocks, [within], backend)[0]
+    if not isinstance(similarity, Sequence):
+        raise TypeError(f"similarity: expected a tensor or a sequence of them, got {type(similarity).__name__}")
     matrices = [_checked_similarity(s) for s in similarity]
+    if not isinstance(within, Sequence):
+        raise TypeError(f'within: expected "free" or "fixed", or one of them a tied space, got {within!r}')
     kinds = [within] * len(matrices) if isinstance(within, str) else list(within)
-    _check_block_options(matrices, blocks, kinds)
+    blocks = _check_block_options(matrices, blocks, kinds)
     views = [_block_view(m, blocks) for m in matrices]
     matches = [_match_pairs(view, kind, backend) for view, kind in zip(views, kinds, strict=True)]
     total = torch.stack([scores.to(matrices[0].device) for _, scores in matches]).sum(dim=0)
@@ -273,8 +281,8 @@ def _checked_similarity(similarity: Tensor) -> Tensor:
         hint = "; pad a rectangular problem with entries below all others" if rows_differ else ""
         raise ValueError(f"similarity: expected a square matrix, got shape {tuple(shape)}{hint}")
     dtype = similarity.dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"similarity: expected a floating dtype, got {dtype}")
+    if not dtype.is_floating_point or similarity.layout != torch.strided:
+        raise TypeError(f"similarity: expected a dense tensor of a floating dtype, got {dtype}, {similarity.layout}")
     if similarity.requires_grad:
         similarity = similarity.detach()
     return similarity if dtype in (torch.float32, torch.float64) else similarity.to(torch.float32)
@@ -295,7 +303,8 @@ def _checked_duals(duals: tuple[Tensor, Tensor], batch: torch.Size, n: int) -> T
     return start.reshape(-1)
 
 
-def _check_block_options(matrices: list[Tensor], blocks: int, kinds: list[str]) -> None:
+def _check_block_options(matrices: list[Tensor], blocks: int, kinds: list[str]) -> int:
+    count = integer(blocks)
     if not matrices or len(kinds) != len(matrices):
         raise ValueError(f"within: expected one a similarity ({len(matrices)}), got {len(kinds)}")
     for kind in kinds:
@@ -303,10 +312,11 @@ def _check_block_options(matrices: list[Tensor], blocks: int, kinds: list[str]) 
             raise ValueError(f'within: expected "free" or "fixed", got {kind!r}')
     for matrix in matrices:
         n = matrix.shape[-1]
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or n % blocks:
+        if count is None or count < 1 or n % count:
             raise ValueError(f"blocks: expected a divisor of {n} units, got {blocks!r}")
         if matrix.shape[:-2] != matrices[0].shape[:-2]:
             raise ValueError(
                 f"similarity: expected one batch shape for all tied spaces, got {tuple(matrices[0].shape[:-2])} "
                 f"and {tuple(matrix.shape[:-2])}"
             )
+    return int(blocks)

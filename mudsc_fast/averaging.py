@@ -23,7 +23,10 @@ def check_weights(weights: Sequence[float] | None, models: int) -> list[float]:
     """The share of every model, validated; all alike for None."""
     if weights is None:
         return [1.0] * models
-    shares = [float(w) for w in weights]
+    try:
+        shares = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise TypeError(f"weights: expected one number a model, got {weights!r}") from None
     if len(shares) != models:
         raise ValueError(f"weights: expected {models}, one a model, got {len(shares)}")
     if not all(math.isfinite(w) and w >= 0 for w in shares) or sum(shares) <= 0:

@@ -201,7 +201,9 @@ def _whole(group: Group, spaces: set[str]) -> Space | None:
     if len(group.dims) != 1 or len(group.pieces) != 1 or len(spaces) != 1 or len(group.pieces[0].members) != 1:
         return None
     piece, member = group.pieces[0], group.pieces[0].members[0]
-    covers = member.inner == tuple(range(len(piece.factors))) and prod(piece.factors) == group.sizes[0]
+    covers = prod(piece.factors) == group.sizes[0] and (
+        member.inner == tuple(range(len(piece.factors))) or group.sizes[0] == 1  # one unit indexes no factor
+    )
     return member.space if covers and not member.block and member.space.blocks == 1 else None
 
 
@@ -385,6 +387,7 @@ def columns(
     piece, own = next((p, m) for p in group.pieces for m in p.members if m.axis == axis and m.space.name == space)
     others = [m for m in piece.members if m is not own and m.space.name in labels and (m.block or m.inner)]
     shared = [m for m in others if own.block and m.block == own.block]
+    moving = [m for m in shared if m.inner]  # the only unit of a block is where its block is
     clusters: dict[object, list[Member]] = {}
     for m in others:
         if m not in shared:
@@ -394,7 +397,7 @@ def columns(
     result = []
     for i, tensor in enumerate(tensors):
         parts = spread(tensor.detach(), group, piece, axis)
-        for m in shared:
+        for m in moving:
             each = widths.get(m.space.name, m.space.width) // m.space.blocks
             parts = _localise(parts, piece, m, list(labels[m.space.name].cpu()), each, i)
         out = Columns(parts.tensor, tuple(parts.factor_dims[f] for f in (*own.block, *own.inner)), {}, {}, {})

@@ -10,6 +10,20 @@ import torch
 from torch import Tensor, nn
 
 
+def check_models(models: Sequence[nn.Module]) -> list[nn.Module]:
+    """`models` as a list, if they are two or more modules."""
+    if isinstance(models, nn.Module) or not isinstance(models, Iterable):
+        # A Sequential would be taken for the list of its layers.
+        raise TypeError(f"models: expected a sequence of modules, got one {type(models).__name__}")
+    models = list(models)
+    if len(models) < 2:
+        raise ValueError(f"models: expected two or more, got {len(models)}")
+    for m, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    return models
+
+
 def check_batches(batches: Any) -> Iterable[Any]:
     """`batches` itself, if it is an iterable of batches and not one batch."""
     if isinstance(batches, Tensor | Mapping):

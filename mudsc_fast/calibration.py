@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mudsc_fast.arguments import check_spec
 from mudsc_fast.axes import rows
-from mudsc_fast.batches import check_batches, evaluation, feed, length_of, placed
+from mudsc_fast.batches import check_batches, check_models, evaluation, feed, length_of, placed
 from mudsc_fast.covariance import Covariance
 from mudsc_fast.distributed import world_of
 from mudsc_fast.hooks import Port, Recorder
@@ -119,7 +119,7 @@ def calibrate(
     def make(space: Space, home: torch.device) -> Covariance:
         return Covariance(space.width, models=len(models), scope=scope, device=home, backend=backend)
 
-    models = list(models)
+    models = check_models(models)
     return ActivationStats(record(models, batches, spec, make, device, progress, group))
 
 
@@ -133,11 +133,6 @@ def record(
     group: Any,
 ) -> dict[str, Recorded]:
     """What `calibrate` does, into sums of any kind. make: those of a space, on a device."""
-    if len(models) < 2:
-        raise ValueError(f"models: expected two or more, got {len(models)}")
-    for m, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
     check_spec(spec)
     batches = check_batches(batches)
     world = world_of(group)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mudsc_fast import backends
 from mudsc_fast.backends.cpu_covariance import CpuCovariance
+from mudsc_fast.scalars import check_dim, integer
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCOPES = ("full", "cross")
@@ -66,9 +67,12 @@ class Covariance:
     ) -> None:
         if scope not in _SCOPES:
             raise ValueError(f'scope: expected "full" or "cross", got {scope!r}')
-        for name, value, least in (("width", width, 1), ("models", models, 2)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        units, parts = integer(width), integer(models)
+        if units is None or units < 1:
+            raise ValueError(f"width: expected an integer of at least 1, got {width!r}")
+        if parts is None or parts < 2:
+            raise ValueError(f"models: expected an integer of at least 2, got {models!r}")
+        width, models = units, parts
         self.width, self.models, self.scope = width, models, scope
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
@@ -98,6 +102,7 @@ class Covariance:
             raise TypeError(f"features: expected a sequence of one tensor a model, got {type(features).__name__}")
         if len(features) != self.models:
             raise ValueError(f"features: expected one tensor a model ({self.models}), got {len(features)}")
+        dim = check_dim("dim", dim)
         checked = [self._checked(x, m, dim) for m, x in enumerate(features)]
         counts = [x.numel() // self.width for x in checked]
         if len(set(counts)) != 1:
@@ -271,14 +276,24 @@ class Covariance:
             backend: as in the constructor; a state of another backend is converted.
 
         Raises:
+            TypeError: not a mapping, or an entry of a wrong type.
             ValueError: an entry is missing or has a wrong shape.
         """
         integers = ("width", "models", "cross", "block", "count", "wide")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, as state_dict() gives one, got {type(state).__name__}")
         missing = [key for key in (*integers, "gram", "vectors") if key not in state]
         if missing:
             raise ValueError(f"state: expected the entries of Covariance.state_dict(), missing {missing}")
+        for key in integers:
+            if not isinstance(state[key], int | Tensor) or (isinstance(state[key], Tensor) and state[key].numel() != 1):
+                raise TypeError(f"state: expected an integer as {key!r}, got {state[key]!r}")
         width, models, cross, block, count, wide = (int(state[key]) for key in integers)
         gram, vectors = state["gram"], state["vectors"]
+        for key, value in (("gram", gram), ("vectors", vectors)):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"state: expected a floating tensor as {key!r}, got {got}")
         made = cls(width, models, _SCOPES[bool(cross)], gram.device if device is None else device, backend)
         if block != made._sums.block:
             gram, vectors = relayout(gram, vectors, width, models, bool(cross), block, made._sums.block)

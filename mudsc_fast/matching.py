@@ -14,6 +14,7 @@ from mudsc_fast.arguments import (
     Width,
     check_activations,
     check_count,
+    check_seed,
     check_share,
     check_spec,
     check_start,
@@ -30,6 +31,7 @@ from mudsc_fast.records import PathLike
 from mudsc_fast.rematch import Match, Matcher
 from mudsc_fast.weights import Weights
 from mudsc_fast.workplan import TensorShape, plan_work
+from mudsc_fast.zipping import check_attenuation
 
 if TYPE_CHECKING:
     from mudsc_fast.spaces import Space
@@ -107,10 +109,12 @@ def match(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     check_spec(spec)
-    check_share("balance", balance)
-    check_share("budget", budget, top=None)
-    check_count("max_sweeps", max_sweeps, 0)
-    check_count("patience", patience, 1)
+    balance = check_share("balance", balance)
+    attenuation = check_attenuation(attenuation)
+    budget = check_share("budget", budget, top=None)
+    seed = check_seed(seed)
+    max_sweeps = check_count("max_sweeps", max_sweeps, 0)
+    patience = check_count("patience", patience, 1)
     wanted(progress)
     if not spec.spaces:
         raise ValueError("spec: expected at least one space, got none")

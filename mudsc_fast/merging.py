@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast.batches import check_batches
+from mudsc_fast.batches import check_batches, check_models
 from mudsc_fast.batchnorm import reset_batchnorm, tracked_batchnorms
 from mudsc_fast.calibration import calibrate
 from mudsc_fast.elastic import elastic_widths
@@ -62,12 +62,7 @@ def merge_models(
     """
     if method not in (*METHODS, "best"):
         raise ValueError(f"method: expected one of {', '.join((*METHODS, 'best'))}, got {method!r}")
-    models = list(models)
-    if len(models) < 2:
-        raise ValueError(f"models: expected two or more, got {len(models)}")
-    for m, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    models = check_models(models)
     if width_budget is not None and (method == "align" or batches is None or "width" in options):
         raise ValueError(
             "width_budget: expected batches, a method that changes widths and no width beside it, got "

@@ -46,6 +46,10 @@ class MergePlan:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if not isinstance(spec, PermutationSpec):
+            raise TypeError(f"spec: expected a PermutationSpec, got {type(spec).__name__}")
+        if not isinstance(labels, Mapping):
+            raise TypeError(f"labels: expected a mapping from spaces to labels, got {type(labels).__name__}")
         unknown = set(labels) - {space.name for space in spec.spaces}
         if unknown:
             raise ValueError(f"labels: the spec has no space {sorted(unknown)[0]!r}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import _core, backends
+from mudsc_fast.scalars import check_dim, integer
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SUMMABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -51,14 +52,19 @@ def regroup(
             return quick
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"tensor: expected a dense tensor, got {tensor.layout}")
+    dim = check_dim("dim", dim)
     if tensor.dim() == 0:
         raise ValueError("tensor: expected at least one axis, got a 0-dimensional tensor")
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(f"dim: expected {-tensor.dim()}..{tensor.dim() - 1} for a {tensor.dim()}-d tensor, got {dim}")
     tensor = tensor.detach()
     dim %= tensor.dim()
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+    units = integer(size)
+    if units is None or units < 0:
         raise ValueError(f"size: expected a number of units >= 0, got {size!r}")
+    size = units
     ptr, members, longest = segments(labels, tensor.shape[dim], size)
     scale64 = _checked_scale(scale, size)
     summable = tensor.dtype in _SUMMABLE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mudsc_fast import law
 from mudsc_fast.arguments import check_count, check_share, check_spec
 from mudsc_fast.assignment import assign
-from mudsc_fast.batches import check_batches, evaluation, home, moved
+from mudsc_fast.batches import check_batches, check_models, evaluation, home, moved
 from mudsc_fast.calibration import calibrate
 from mudsc_fast.installing import install
 from mudsc_fast.layout import factors_at
@@ -75,12 +75,7 @@ def align_rotations(
     the stream itself, batch norms, tied embeddings), tensors or batches that do not fit, outputs on a batch that are
     not finite. Source: orthogonal Procrustes; arXiv 2506.22712 for the symmetries.
     """
-    models = list(models)
-    if len(models) < 2:
-        raise ValueError(f"models: expected two or more, got {len(models)}")
-    for m, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"models: expected torch modules, got {type(model).__name__} for model {m}")
+    models = check_models(models)
     check_spec(spec)
     check_share("balance", balance)
     check_count("max_sweeps", max_sweeps, 1)

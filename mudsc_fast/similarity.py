@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mudsc_fast import backends
 from mudsc_fast.covariance import Covariance
+from mudsc_fast.scalars import check_dim, check_number
 
 Dims = int | tuple[int, ...]
 # Axes in merged coordinates: (dims, labels, merged width, factors of the merged units or None), on the CPU.
@@ -94,6 +95,7 @@ def dual_similarity(
     """
     if scope not in ("full", "cross"):
         raise ValueError(f'scope: expected "full" or "cross", got {scope!r}')
+    balance = check_number("balance", balance)
     if not 0.0 <= balance <= 1.0:
         raise ValueError(f"balance: expected a number in 0..1, got {balance}")
     if activation is None:
@@ -130,8 +132,10 @@ def checked_tables(terms: Sequence[Sequence[Entry]]) -> tuple[list[list[Table]],
     """Check the entries against each other; returns them with the number of units and the device."""
     tables: list[list[Table]] = []
     models, width, device = 0, 0, None
+    if not isinstance(terms, Sequence):
+        raise TypeError(f"terms: expected a sequence, one entry a tensor, got {type(terms).__name__}")
     for t, entries in enumerate(terms):
-        if isinstance(entries, (Tensor, Term)):
+        if not isinstance(entries, Sequence):
             raise TypeError(f"terms[{t}]: expected one entry a model, got a single {type(entries).__name__}")
         row = [_table(entry, f"terms[{t}][{m}]") for m, entry in enumerate(entries)]
         models = models or len(row)
@@ -176,7 +180,7 @@ def _columns(table: Table) -> int:
 
 
 def _dims(key: Dims, ndim: int, name: str) -> tuple[int, ...]:
-    dims = key if isinstance(key, tuple) else (key,)
+    dims = tuple([check_dim(name, d) for d in (key if isinstance(key, tuple) else (key,))])
     for d in dims:
         if not -ndim <= d < ndim:
             raise ValueError(f"{name}: expected dims of a {ndim}-d tensor, got {key}")
@@ -196,6 +200,8 @@ def _table(entry: Entry, name: str) -> Table:
     rows = _dims(term.dim, ndim, f"{name}.dim")
     if not rows:
         raise ValueError(f"{name}.dim: expected at least one dim, got none")
+    if term.labels is not None and not isinstance(term.labels, Mapping):
+        raise TypeError(f"{name}.labels: expected a mapping from dims to labels, got {type(term.labels).__name__}")
     labelled = _labelled(term, tensor, name) if term.labels or term.scale is not None else []
     used = [*rows, *(d for axes in labelled for d in axes[0])]
     if len(set(used)) != len(used):
@@ -213,10 +219,12 @@ def _labelled(term: Term, tensor: Tensor, name: str) -> list[Labelled]:
         if len(keys) != 1:
             raise ValueError(f"{name}.scale: a bare tensor needs exactly one labelled dim, got {len(keys)}")
         scales = dict.fromkeys(keys, term.scale)
-    elif term.scale is not None:
+    elif isinstance(term.scale, Mapping):
         scales = {_dims(key, ndim, f"{name}.scale"): scale for key, scale in term.scale.items()}
         if not scales.keys() <= keys.keys():
             raise ValueError(f"{name}.scale: expected keys of labels {list(keys)}, got {list(scales)}")
+    elif term.scale is not None:
+        raise TypeError(f"{name}.scale: expected a tensor or a mapping of them, got {type(term.scale).__name__}")
     made = []
     for dims, labels in keys.items():
         if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
@@ -234,6 +242,9 @@ def _labelled(term: Term, tensor: Tensor, name: str) -> list[Labelled]:
                 raise ValueError(f"{name}.labels: expected labels of at least 0, got {int(least)}")
         scale = scales.get(dims)
         if scale is not None:
+            if not isinstance(scale, Tensor) or scale.is_complex():
+                got = scale.dtype if isinstance(scale, Tensor) else type(scale).__name__
+                raise TypeError(f"{name}.scale: expected a real tensor, got {got}")
             if scale.dim() != 1 or scale.numel() < size:
                 raise ValueError(f"{name}.scale: expected shape ({size},) or longer, got {tuple(scale.shape)}")
             scale = scale.detach().to("cpu", torch.float64).contiguous()

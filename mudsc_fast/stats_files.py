@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast.backends.cpu_covariance import DEPTH, PANEL
+from mudsc_fast.batches import check_models
 from mudsc_fast.calibration import KIND, ActivationStats, calibrate, record
 from mudsc_fast.checkpoints import CheckpointWriter, TensorInfo
 from mudsc_fast.checkpoints.reading import SafetensorsFile
@@ -134,7 +135,7 @@ def calibrate_to_file(
     Returns the numbers of spaces and of passes. ValueError, which says how much is needed, if that does not fit, and
     for batches that give other numbers of samples in each pass; IsADirectoryError for a folder.
     """
-    models = list(models)
+    models = check_models(models)
     if Path(path).is_dir():
         raise IsADirectoryError(f"path: expected a file, found the folder {path}")
     world = world_of(group)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import backends
+from mudsc_fast.scalars import check_number, integer
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,11 @@ def zip_units(
     """
     similarity = _checked_similarity(similarity, models)
     total = similarity.shape[0]
+    models = int(models)
     d = total // models
     width = d if width is None else width
     check_zip_options(d, models, width, attenuation, budget, blocks)
+    width, blocks, attenuation, budget = int(width), int(blocks), float(attenuation), float(budget)
     to_remove = total - width
     unions = unions_of(similarity, d, models, blocks, block_indices)
     left = torch.full((models,), int((to_remove // models) * budget + 1e-4), dtype=torch.int64)
@@ -99,11 +102,13 @@ def zip_units(
 def _checked_similarity(similarity: Tensor, models: int) -> Tensor:
     if not isinstance(similarity, Tensor):
         raise TypeError(f"similarity: expected a torch.Tensor, got {type(similarity).__name__}")
-    if not similarity.is_floating_point():
-        raise TypeError(f"similarity: expected a floating dtype, got {similarity.dtype}")
+    if not similarity.is_floating_point() or similarity.layout != torch.strided:
+        raise TypeError(
+            f"similarity: expected a dense tensor of a floating dtype, got {similarity.dtype}, {similarity.layout}"
+        )
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"similarity: expected a square matrix, got shape {tuple(similarity.shape)}")
-    if isinstance(models, bool) or not isinstance(models, int) or models < 1:
+    if (integer(models) or 0) < 1:
         raise ValueError(f"models: expected a number >= 1, got {models!r}")
     if similarity.shape[0] == 0 or similarity.shape[0] % models:
         raise ValueError(f"similarity: expected {models} x d rows, got {similarity.shape[0]}")
@@ -111,15 +116,23 @@ def _checked_similarity(similarity: Tensor, models: int) -> Tensor:
     return similarity if similarity.dtype == torch.float64 else similarity.to(torch.float32)
 
 
+def check_attenuation(attenuation: float) -> float:
+    """The factor as a float; TypeError or ValueError unless it can be one."""
+    factor = check_number("attenuation", attenuation)
+    if not math.isfinite(factor) or factor > 1:
+        raise ValueError(f"attenuation: expected a finite factor <= 1, got {attenuation!r}")
+    return factor
+
+
 def check_zip_options(d: int, models: int, width: int, attenuation: float, budget: float, blocks: int) -> None:
     """ValueError, naming the argument, for options of a zip that do not fit `models` times `d` units."""
-    if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= models * d:
+    if not 1 <= (integer(width) or 0) <= models * d:
         raise ValueError(f"width: expected 1..{models * d} merged units for {models} x {d} units, got {width!r}")
-    if not math.isfinite(attenuation) or attenuation > 1:
-        raise ValueError(f"attenuation: expected a finite factor <= 1, got {attenuation!r}")
+    check_attenuation(attenuation)
+    check_number("budget", budget)
     if not math.isfinite(budget) or budget < 0:
         raise ValueError(f"budget: expected a finite share >= 0, got {budget!r}")
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or d % blocks:
+    if (integer(blocks) or 0) < 1 or d % blocks:
         raise ValueError(f"blocks: expected a divisor of the {d} units of a model, got {blocks!r}")
     if width % blocks:
         raise ValueError(f"width: expected a multiple of the {blocks} blocks, got {width}")
@@ -146,7 +159,13 @@ def unions_of(similarity: Tensor, d: int, models: int, blocks: int, block_indice
 
 
 def _checked_pairing(block_indices: Tensor, models: int, blocks: int) -> Tensor:
-    pairing = torch.as_tensor(block_indices).detach().to("cpu", torch.int64)
+    try:
+        given = torch.as_tensor(block_indices).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.empty(0)
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
+        raise TypeError(f"block_indices: expected an integer tensor, got {block_indices!r}")
+    pairing = given.to(torch.int64)
     if pairing.shape != (models, blocks):
         raise ValueError(f"block_indices: expected shape ({models}, {blocks}), got {tuple(pairing.shape)}")
     if not bool((pairing.sort(dim=1).values == torch.arange(blocks)).all()):

@@ -281,6 +281,9 @@ BAD: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("integers", lambda: mf.assign(S.long()), TypeError, "similarity: .*floating.*int64"),
     ("complex", lambda: mf.assign(S.to(torch.complex64)), TypeError, "similarity: .*floating.*complex64"),
     ("list", lambda: mf.assign([[1.0]]), TypeError, "similarity: .*Tensor.*list"),  # type: ignore[arg-type]
+    ("sparse", lambda: mf.assign(S.to_sparse()), TypeError, "similarity: .*dense.*sparse"),
+    ("nothing", lambda: mf.assign_blocks(None, 3), TypeError, "similarity: .*sequence"),  # type: ignore[call-overload]
+    ("within nothing", lambda: mf.assign_blocks([S], 3, None), TypeError, "within: .*None"),  # type: ignore[call-overload]
     ("one dual", lambda: mf.assign(S, duals=V), TypeError, r"duals: .*pair"),  # type: ignore[arg-type]
     ("short duals", lambda: mf.assign(S, duals=(V, V[:2])), ValueError, r"duals: .*v of shape \(3,\), got \(2,\)"),
     ("batch duals", lambda: mf.assign(S[None], duals=(V, V)), ValueError, r"duals: .*\(1, 3\), got \(3,\)"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mudsc_fast as mf
 from mudsc_fast.axes import Columns, axis_labels, columns, rows, split_blocks, take
 from mudsc_fast.reference.weights import row_matrices
 from mudsc_fast.spaces import Axis, Space, Tap
@@ -361,6 +362,70 @@ def test_width_one_has_a_row() -> None:
     spec = PermutationSpec((Space("one", 1, (Axis("w", 0, "out"),)), Space("b", 4, (Axis("w", 1, "in"),))))
     (seen,) = columns(spec, "one", spec["one"].axes[0], [torch.randn(1, 4)], {"b": torch.tensor([[0, 1, 2, 3]])})
     assert matrix(seen).shape == (1, 4)
+
+
+@pytest.mark.parametrize("method", ["align", "zip"])
+def test_groups_of_one_query_head(method: str) -> None:
+    """Plain multi-head attention written as grouped queries: the space of query heads has one unit a block."""
+    heads, size, width = 3, 4, 7
+    spec = PermutationSpec(
+        (
+            Space("residual", width, (*(Axis(name, 1, "in") for name in "qkv"), Axis("o", 0, "out"))),
+            Space(
+                "value",
+                heads * size,
+                (Axis("v", 0, "out", (heads, size), (0, 1)), Axis("o", 1, "in", (heads, 1, size), (0, 2))),
+                blocks=heads,
+                tie="t",
+            ),
+            Space(
+                "query",
+                heads,
+                (Axis("q", 0, "out", (heads, 1, size), (0, 1)), Axis("o", 1, "in", (heads, 1, size), (0, 1))),
+                blocks=heads,
+                tie="t",
+            ),
+            Space(
+                "qk",
+                heads * size,
+                (Axis("q", 0, "out", (heads, 1, size), (0, 2)), Axis("k", 0, "out", (heads, size), (0, 1))),
+                blocks=heads,
+                within="fixed",
+                tie="t",
+            ),
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "q": (heads * size, width),
+        "k": (heads * size, width),
+        "v": (heads * size, width),
+        "o": (width, heads * size),
+    }
+    models = [{n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(3)]
+    plan = mf.match(models, spec, None, method, progress=False)
+    want = mf.reference.match(models, spec, None, method)
+    assert all(torch.equal(plan.labels[name], want.labels[name]) for name in plan.labels)
+
+
+@pytest.mark.parametrize("merged", [1, 2, 3])
+def test_a_space_of_one_unit_grows(merged: int) -> None:
+    spec = PermutationSpec(
+        (
+            Space("one", 1, (Axis("w", 0, "out"), Axis("v", 1, "in"))),
+            Space("b", 3, (Axis("v", 0, "out"), Axis("u", 1, "in"))),
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (1, 4), "v": (3, 1), "u": (5, 3)}
+    models = [{n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(3)]
+    plan = mf.match(models, spec, None, "zip", width={"one": merged}, progress=False)
+    want = mf.reference.match(models, spec, None, "zip", width={"one": merged})
+    assert all(torch.equal(plan.labels[name], want.labels[name]) for name in plan.labels)
+    found, expected = plan.merge(models), want.merge(models)
+    assert found["w"].shape == (merged, 4)
+    assert found["v"].shape == (3, merged)
+    assert all(torch.allclose(found[name].double(), expected[name].double(), atol=1e-6) for name in found)
 
 
 def fused_spec() -> PermutationSpec:

@@ -321,6 +321,7 @@ def test_another_kind_of_file_is_refused(tmp_path) -> None:
     [
         ({"models": []}, ValueError, "models: expected two or more, got 0"),
         ({"models": mlps(1)}, ValueError, "models: expected two or more, got 1"),
+        ({"models": torch.nn.Sequential(*mlps(2))}, TypeError, "models: expected a sequence of modules, got one Seq"),
         ({"models": [1, 2]}, TypeError, "models: expected torch modules, got int for model 0"),
         ({"batches": []}, ValueError, "batches: expected at least one batch"),
         ({"batches": torch.zeros(3, 9)}, TypeError, "got one Tensor; put it in a list"),

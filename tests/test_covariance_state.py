@@ -130,6 +130,8 @@ BAD_UPDATES = {
     "complex": ([torch.zeros(4, 3, dtype=torch.complex64)] * 2, -1, TypeError, "floating"),
     "sparse": ([torch.zeros(4, 3).to_sparse()] * 2, -1, TypeError, "dense"),
     "no such axis": (GOOD, 2, ValueError, "dim"),
+    "an axis in words": (GOOD, "units", TypeError, "dim: expected an integer, got 'units'"),
+    "no axis": (GOOD, None, TypeError, "dim: expected an integer, got None"),
     "another device": ([torch.zeros(4, 3), torch.zeros(4, 3, device="meta")], -1, ValueError, "on cpu"),
 }
 
@@ -181,6 +183,16 @@ def test_bad_merges_and_states() -> None:
         mf.Covariance.from_state_dict({"width": 3})
     with pytest.raises(ValueError, match="shape"):
         mf.Covariance.from_state_dict({**state, "gram": torch.zeros(2, 48, 48)})
+    with pytest.raises(TypeError, match="state: expected a mapping"):
+        mf.Covariance.from_state_dict(3)  # type: ignore[arg-type]
+    for key, value in (
+        ("width", "three"),
+        ("count", torch.zeros(2)),
+        ("gram", [0.0]),
+        ("vectors", torch.zeros(4).int()),
+    ):
+        with pytest.raises(TypeError, match=f"state: expected .* as '{key}'"):
+            mf.Covariance.from_state_dict({**state, key: value})
 
 
 def test_inputs_that_require_grad_are_detached_and_left_alone() -> None:

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     (
         "regrouping", "tiled_zip", "zipping", "assignment", "covariance", "similarity", "library", "moments",
-        "selection", "tiles", "tiled_assignment",
+        "scalars", "selection", "tiles", "tiled_assignment",
     ),
     ("layout", "axes", "law", "orthogonal", "spaces", "spec", "tracing"),
     ("specs",),

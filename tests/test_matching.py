@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import MLP_SPACES, load, mlp_batches, mlp_cases, mlp_state_dicts
@@ -407,6 +408,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "balance 0 alone": ({"balance": 0, "activations": None}, ValueError, "activations: balance 0 compares"),
     "budget below 0": ({"budget": -1}, ValueError, "budget: expected a number >= 0"),
     "budget inf": ({"budget": float("inf")}, ValueError, "budget: expected a number >= 0"),
+    "attenuation nan": ({"method": "zip", "attenuation": float("nan")}, ValueError, "attenuation: expected a finite"),
+    "attenuation above 1": ({"method": "zip", "attenuation": 2}, ValueError, "attenuation: expected a finite"),
+    "attenuation text": ({"method": "zip", "attenuation": "half"}, TypeError, "attenuation: expected a number"),
+    "seed text": ({"seed": "1"}, TypeError, "seed: expected an integer, got '1'"),
+    "seed of 71 bits": ({"seed": 1 << 70}, ValueError, "seed: expected an integer of 64 bits"),
     "max_sweeps": ({"max_sweeps": -1}, ValueError, "max_sweeps: expected an integer >= 0"),
     "patience": ({"patience": 0}, ValueError, "patience: expected an integer >= 1"),
     "progress": ({"progress": "maybe"}, ValueError, "progress: expected"),
@@ -452,6 +458,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "sample|update",
     ),
+    "start of another kind": ({"start": 3}, TypeError, "start: expected a MergePlan, got int"),
     "start of other spec": (
         {"start": mf.MergePlan(specs.mlp((3,)), {"fc1": torch.arange(3).repeat(2, 1)}, "align")},
         ValueError,
@@ -476,6 +483,32 @@ def test_bad_input(name: str) -> None:
     arguments = {"state_dicts": STATES, "spec": CASE.spec, "activations": stats(), **change}
     with pytest.raises(error, match=message):
         mf.match(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    wanted = mf.match(STATES, CASE.spec, stats(), "zip", balance=0.5, width=8, attenuation=0.25, budget=0.75, seed=3)
+    found = mf.match(
+        STATES,
+        CASE.spec,
+        stats(),
+        "zip",
+        balance=np.float32(0.5),
+        width=np.int64(8),
+        attenuation=np.float32(0.25),
+        budget=np.float32(0.75),
+        seed=np.int64(3),
+        max_sweeps=np.int32(100),
+    )
+    assert all(torch.equal(found.labels[name], wanted.labels[name]) for name in wanted.labels)
+    assert mf.Covariance(np.int64(3), np.int64(2)).width == 3
+    similarity = torch.eye(6) + 0.5
+    plain = mf.zip_units(similarity, 2, 4)
+    assert torch.equal(mf.zip_units(similarity, np.int64(2), np.int64(4), blocks=np.int64(1)).labels, plain.labels)
+    assert (
+        mf.regroup(torch.ones(2, 3), torch.zeros(3, dtype=torch.int64), np.int64(1), np.int64(1)).tolist()
+        == [[3.0]] * 2
+    )
+    assert mf.assign_blocks(similarity, np.int64(2)).indices.tolist() == list(range(6))
 
 
 def test_blocks_that_cannot_share_a_width() -> None:

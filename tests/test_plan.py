@@ -437,6 +437,13 @@ def test_labels_that_are_none(labels: Any, method: str, error: type[Exception], 
         mf.MergePlan(SPECS["mlp"], labels, method)
 
 
+def test_a_plan_is_made_of_a_spec_and_a_mapping() -> None:
+    with pytest.raises(TypeError, match="spec: expected a PermutationSpec, got int"):
+        mf.MergePlan(3, {}, "zip")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="labels: expected a mapping from spaces to labels, got int"):
+        mf.MergePlan(SPECS["mlp"], 3, "zip")  # type: ignore[arg-type]
+
+
 def test_labels_that_break_blocks_and_ties() -> None:
     spec = grouped_spec()
     labels = {s.name: torch.arange(s.width).repeat(2, 1) for s in spec.spaces}
@@ -468,6 +475,8 @@ NAN = torch.full((10,), float("nan"))
         (states()[:1], None, ValueError, "state_dicts: expected 2, one a model of the plan, got 1"),
         (states() + states(), None, ValueError, "state_dicts: expected 2, one a model of the plan, got 4"),
         ([1, 2], None, TypeError, "expected mappings of tensors, got int for model 0"),
+        (states(), 3, TypeError, "weights: expected one number a model, got 3"),
+        (states(), "ab", TypeError, "weights: expected one number a model"),
         (states(), [1.0], ValueError, "weights: expected 2, one a model, got 1"),
         (states(), [0, 0], ValueError, "weights: expected finite numbers >= 0"),
         (states(), [-1, 2], ValueError, "weights: expected finite numbers >= 0"),

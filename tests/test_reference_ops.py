@@ -414,6 +414,8 @@ def test_zip_blocks_keep_to_their_union() -> None:
     match = ref.assign_blocks(s[:12, 12:], 3)
     assert match.block_indices is not None
     pairing = torch.stack([torch.arange(3), match.block_indices])
+    turned = torch.tensor([2, 0, 1])
+    assert torch.equal(own.labels, ref.zip_units(s, 2, 12, blocks=3, block_indices=pairing[:, turned]).labels)
     assert torch.equal(own.labels, ref.zip_units(s, 2, 12, blocks=3, block_indices=pairing).labels)
 
 
@@ -459,6 +461,7 @@ def test_regroup_integers_and_refusals() -> None:
     x = torch.arange(6, dtype=torch.int32).reshape(3, 2)
     assert torch.equal(ref.regroup(x, torch.tensor([1, 0, 1]), 0, 2), torch.tensor([[2, 3], [4, 6]], dtype=torch.int32))
     assert ref.regroup(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), 0, 0).shape == (0, 2)
+    assert ref.regroup(x, torch.tensor([1, 0, 1], dtype=torch.int16), 0, 2).tolist() == [[2, 3], [4, 6]]
     with pytest.raises(TypeError, match="scale"):
         ref.regroup(x, torch.tensor([1, 0, 1]), 0, 2, torch.ones(2))
     with pytest.raises(TypeError, match="real"):

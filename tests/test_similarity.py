@@ -232,6 +232,28 @@ BAD = {
     "scope": (lambda: mf.weight_similarity([[W, W]], "half"), ValueError, "scope"),
     "balance above 1": (lambda: mf.dual_similarity([[W, W]], None, 1.5), ValueError, "balance"),
     "balance nan": (lambda: mf.dual_similarity([[W, W]], None, float("nan")), ValueError, "balance"),
+    "balance in words": (lambda: mf.dual_similarity([[W, W]], None, "half"), TypeError, "balance: expected a number"),  # type: ignore[arg-type]
+    "a number for terms": (lambda: mf.weight_similarity(3), TypeError, "terms: expected a sequence"),  # type: ignore[arg-type]
+    "dim in words": (
+        lambda: mf.weight_similarity([[mf.Term(W, "rows"), W]]),  # type: ignore[arg-type]
+        TypeError,
+        r"terms\[0\]\[0\].dim: expected an integer",
+    ),
+    "bare labels": (
+        lambda: mf.weight_similarity([[mf.Term(W, 0, torch.arange(3))] * 2]),  # type: ignore[arg-type]
+        TypeError,
+        r"terms\[0\]\[0\].labels: expected a mapping",
+    ),
+    "scale in words": (
+        lambda: mf.weight_similarity([[mf.Term(W, 0, {1: torch.arange(3)}, "mean")] * 2]),  # type: ignore[arg-type]
+        TypeError,
+        r"terms\[0\]\[0\].scale: expected a tensor",
+    ),
+    "scale of lists": (
+        lambda: mf.weight_similarity([[mf.Term(W, 0, {1: torch.arange(3)}, {1: [1.0] * 3})] * 2]),  # type: ignore[dict-item]
+        TypeError,
+        r"terms\[0\]\[0\].scale: expected a real tensor, got list",
+    ),
     "one model": (lambda: mf.weight_similarity([[W]]), ValueError, "one entry for each of 2 models"),
     "a tensor for a row": (lambda: mf.weight_similarity([W, W]), TypeError, r"terms\[0\]"),
     "a model lacks a term": (lambda: mf.weight_similarity([[W, W], [W]]), ValueError, r"terms\[1\]"),

@@ -60,7 +60,7 @@ std::pair<double, int64_t> zip(const py::object& similarity_obj, const py::objec
     SignalPoll signals;
     a.poll = signals.poll();
     const Status status = signals.outcome(without_gil([&](const KernelTable& table) { return table.zip(a); }));
-    if (status != Status::infeasible) check(status, "zip");
+    if (status != Status::infeasible) check(status, "similarity");
     return {total, made};
 }
 
@@ -88,7 +88,7 @@ std::vector<std::pair<double, int64_t>> zip_all(const py::object& similarity_obj
     all.each.poll = signals.poll();
     const Status status =
         signals.outcome(without_gil([&](const KernelTable& table) { return zip_unions(table, all); }));
-    if (status != Status::infeasible) check(status, "zip");
+    if (status != Status::infeasible) check(status, "similarity");
     std::vector<std::pair<double, int64_t>> found;
     for (size_t k = 0; k < all.made.size(); ++k) found.emplace_back(all.total[k], all.made[k]);
     return found;

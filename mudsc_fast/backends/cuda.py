@@ -93,7 +93,7 @@ def _zip_side_by_side(
     )
     found = status.cpu()
     if bool((found == _NOT_FINITE).any()):
-        raise ValueError("zip: expected finite values, got NaN or infinity")
+        raise ValueError("similarity: expected finite values, got NaN or infinity")
     if bool((found == _NOT_SYMMETRIC).any()):
         raise ValueError("similarity: expected a symmetric matrix")
     return total.cpu(), made.cpu(), budget - left.cpu(), owner.cpu()

@@ -150,7 +150,7 @@ def _region(placed: Sequence[tuple[Any, Any, tuple[Tensor, int, list[int], Any]]
         for other in members:
             _refuse_double(member, other)
         members.append(member)
-    return Region(positions, runs, tuple(a // b for a, b in pairwise(cuts)), tuple(members))
+    return Region(positions, runs, tuple(a // b for a, b in pairwise(cuts)) or (1,), tuple(members))
 
 
 def _refuse_double(a: Member, b: Member) -> None:
@@ -244,15 +244,16 @@ def move(region: Region, members: Sequence[Member], labels: Labels, m: int) -> t
         ):
             raise ValueError(f"labels of tied space {name!r}: its blocks move unlike the others of its tie")
         blocks_moved.add(member.block)
-        inner_sizes = [region.factors[f] for f in member.inner]
+        inner = member.inner if total > 1 else tuple(range(len(region.factors)))  # one unit indexes no factor
+        inner_sizes = [region.factors[f] for f in inner]
         if prod(inner_sizes) != n:
-            if not inner_sizes or list(member.inner) != list(range(member.inner[0], member.inner[-1] + 1)):
+            if not inner or list(inner) != list(range(inner[0], inner[-1] + 1)):
                 raise ValueError(f"space {name!r}: its units are spread over an axis, so its width cannot change")
             inner_sizes = [n] + [1] * (len(inner_sizes) - 1)
         to_inner = unravel(merged % n, inner_sizes)
         for f, c in zip(member.block, to_block, strict=True):
             new[f] = c
-        for f, c, size in zip(member.inner, to_inner, inner_sizes, strict=True):
+        for f, c, size in zip(inner, to_inner, inner_sizes, strict=True):
             new[f], sizes[f] = c, size
     return new, sizes
 

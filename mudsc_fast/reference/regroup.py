@@ -44,7 +44,7 @@ def regroup(
     if scale is not None and not floating:
         raise TypeError(f"scale: expected None for {tensor.dtype}")
     source = tensor.detach().to(torch.float64 if floating else torch.int64).movedim(dim, 0)
-    result = source.new_zeros(size, *source.shape[1:]).index_add_(0, labels.to(source.device), source)
+    result = source.new_zeros(size, *source.shape[1:]).index_add_(0, labels.to(source.device, torch.int64), source)
     if scale is not None:
         result = result * scale.to(result).reshape(-1, *[1] * (result.ndim - 1))
     result = result.movedim(0, dim)

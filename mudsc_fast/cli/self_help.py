@@ -31,11 +31,11 @@ _EXTRAS = {
 
 
 @click.command(short_help="Say what this machine can run and what is missing; test it.")
-@click.option("--no-test", is_flag=True, help="Only look; do not run the self-test of about a minute.")
+@click.option("--no-test", is_flag=True, help="Only look; do not run the self-test.")
 @options.quiet
 @options.debug
 def doctor(no_test: bool) -> int:
-    """Say what this machine can run, which extras are missing, and run a self-test of about a minute.
+    """Say what this machine can run, which extras are missing, and run a self-test of some seconds.
 
     The self-test compares every kernel with the float64 reference, and merges a small network with its permuted self
     through files, which must give the network back. Exit code 1 if something is wrong; missing extras are not.

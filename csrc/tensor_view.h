@@ -30,12 +30,22 @@ struct ManagedTensor {
     void (*deleter)(ManagedTensor*);
 };
 
-// What a type's __dlpack_c_exchange_api__ points at (DLPack 1.3; newer versions of torch have one): a tensor
-// described in place, without a capsule. Only what is used here has its type.
+// The newer form of the same (DLPack 1.0).
+struct VersionedTensor {
+    uint32_t major, minor;
+    void* manager;
+    void (*deleter)(VersionedTensor*);
+    uint64_t flags;
+    Tensor tensor;
+};
+
+// What a type's __dlpack_c_exchange_api__ points at (DLPack 1.3; newer versions of torch have one): tensors made of
+// memory and described in place, without a capsule. Only what is used here has its type.
 struct ExchangeApi {
     uint32_t major, minor;
     void* previous;
-    void *allocate, *managed_from_object, *managed_to_object;
+    void *allocate, *managed_from_object;
+    int (*make)(VersionedTensor* memory, void** object);  // takes the memory over; 0, or a Python error is set
     int (*describe)(void* object, Tensor* out);  // not owning: the object has to live on; 0, or a Python error is set
     void* current_stream;
 };

@@ -1,9 +1,11 @@
 """Compiled kernels of mudsc_fast. Private: call the functions of the package instead."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+_Made = TypeVar("_Made")
 
 __version__: str
 
@@ -68,7 +70,7 @@ def zip_unions(
     owner: Tensor,
     threads: int,
 ) -> list[tuple[float, int]]: ...
-def assign_lone(similarity: Tensor) -> bytearray | None: ...
+def assign_lone(similarity: object, made: type[_Made], /) -> _Made | None: ...
 def assign_tile(
     tile: Tensor,
     first_row: int,

@@ -44,33 +44,29 @@ class _Lazily:
     Instances made in the usual way keep theirs in ``__dict__``, which comes first.
     """
 
-    def __init__(self, name: str, make: Callable[[bytearray, int], Tensor | tuple[Tensor, ...]]) -> None:
+    def __init__(self, name: str, make: Callable[[bytearray], Tensor | tuple[Tensor, ...]]) -> None:
         self._name, self._make = name, make
 
     def __get__(self, found: Assignment | None, _owner: type) -> Any:
         if found is None:
             return self
         packed = found.__dict__["_packed"]
-        made = found.__dict__[self._name] = self._make(packed, len(packed) // 24)
+        made = found.__dict__[self._name] = self._make(packed)
         return made
 
 
-def _of_packed(name: str, make: Callable[[bytearray, int], Tensor | tuple[Tensor, ...]]) -> None:
+def _of_packed(name: str, make: Callable[[bytearray], Tensor | tuple[Tensor, ...]]) -> None:
     setattr(Assignment, name, _Lazily(name, make))
 
 
-def _number(packed: bytearray, at: int) -> Tensor:
-    return torch.frombuffer(packed, dtype=torch.float64, count=1, offset=at)[0]
+def _duals(packed: bytearray) -> tuple[Tensor, ...]:
+    return torch.frombuffer(packed, dtype=torch.float64, offset=16).view(2, -1).unbind()
 
 
 # As assign_lone packs them.
-_of_packed("indices", lambda packed, n: torch.frombuffer(packed, dtype=torch.int64, count=n))
-_of_packed("value", lambda packed, n: _number(packed, 8 * n))
-_of_packed("gap", lambda packed, n: _number(packed, 8 * n + 8))
-_of_packed(
-    "duals",
-    lambda packed, n: tuple(torch.frombuffer(packed, dtype=torch.float64, offset=8 * n + 16).split_with_sizes((n, n))),
-)
+_of_packed("value", lambda packed: torch.frombuffer(packed, dtype=torch.float64, count=1)[0])
+_of_packed("gap", lambda packed: torch.frombuffer(packed, dtype=torch.float64, count=1, offset=8)[0])
+_of_packed("duals", _duals)
 
 
 def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backend: str = "auto") -> Assignment:
@@ -94,13 +90,8 @@ def assign(similarity: Tensor, duals: tuple[Tensor, Tensor] | None = None, backe
     Source: docs/method.md rule 4.
     """
     if duals is None and backend == "auto":
-        try:
-            packed = assign_lone(similarity)
-        except RuntimeError:  # of a tensor without a place in memory; the checks below say what it is
-            packed = None
-        if packed is not None:
-            found = object.__new__(Assignment)
-            found.__dict__["_packed"] = packed
+        found = assign_lone(similarity, Assignment)
+        if found is not None:
             return found
     matrix = _checked_similarity(similarity)
     n = matrix.shape[-1]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +234,61 @@ def test_results_are_whole_however_they_are_read(n: int) -> None:
         found.gap = found.value  # type: ignore[misc]
 
 
+def test_results_own_their_memory() -> None:
+    """Indices stay when all else is gone, and their memory goes when they do."""
+    similarity = make("normal", 200, 0)
+    kept = mf.assign(similarity.clone()).indices
+    before, zeros = kept.clone(), torch.zeros(200, 200)
+    references = sys.getrefcount(zeros), sys.getrefcount(mf.Assignment), sys.getrefcount(None)
+    places = {mf.assign(zeros).indices.data_ptr() for _ in range(2000)}
+    after = sys.getrefcount(zeros), sys.getrefcount(mf.Assignment), sys.getrefcount(None)
+    assert all(abs(a - b) < 100 for a, b in zip(references, after, strict=True))
+    assert kept.data_ptr() not in places
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):  # which is slow to use a place again
+        assert len(places) < 100
+    assert torch.equal(kept, before)
+    kept.add_(1)  # writable
+    assert kept.storage_offset() == 0
+    assert kept.untyped_storage().nbytes() == 8 * 200
+
+
+def test_a_torch_that_makes_no_tensors_of_memory() -> None:
+    # Older ones have no exchange table, or a number in its place; results are the same.
+    code = (
+        "import sys, torch\n"
+        "if sys.argv[1] == 'number': torch.Tensor.__dlpack_c_exchange_api__ = 1\n"
+        "elif sys.argv[1] == 'none' and hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
+        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "import mudsc_fast as mf\n"
+        "similarity = torch.sin(torch.arange(4900.0)).view(70, 70)\n"
+        "print([mf.assign(similarity[:n, :n]) for n in (1, 5, 64, 70)])\n"
+        "print(mf.assign(torch.complex(similarity, similarity).conj().imag))\n"
+        "for bad in (similarity.to_sparse(), similarity[:5], similarity.long(), similarity / 0, 'a'):\n"
+        "    try: mf.assign(bad)\n"
+        "    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error: print(type(error), error)\n"
+    )
+    printed = []
+    for kind in ("as it is", "none", "number"):  # from where this package is, also when that is a build of its own
+        run = [sys.executable, "-c", code, kind]
+        printed.append(subprocess.check_output(run, text=True, cwd=Path(mf.__file__).resolve().parent.parent))
+    assert "expected finite values" in printed[0]
+    assert printed[1] == printed[2] == printed[0]
+
+
+def test_ordinary_calls_under_modes_and_transforms() -> None:
+    similarity = make("normal", 20, 0)
+    want = mf.assign(similarity)
+    with torch.inference_mode():
+        assert torch.equal(mf.assign(similarity).indices, want.indices)
+    with torch.device("meta"):
+        assert torch.equal(mf.assign(similarity).indices, want.indices)
+    parameter = torch.nn.Parameter(similarity)
+    assert torch.equal(mf.assign(parameter).indices, want.indices)
+    assert not mf.assign(parameter).indices.requires_grad
+    with pytest.raises(ValueError, match="has no memory of its own"):
+        torch.func.functionalize(lambda s: mf.assign(s).indices)(similarity)
+
+
 def test_tensors_marked_negative(isa: str) -> None:
     """The imaginary part of a conjugate is a view whose elements are to be read with the other sign."""
     for n in (5, 300):
@@ -260,13 +319,13 @@ def test_non_finite_entries_are_refused(isa: str, entry: float, n: int) -> None:
 
 
 @pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("others", [0.0, 1e-30, 3e38])
+@pytest.mark.parametrize("others", [0.0, 1e-30, 3e38, -3e38])
 def test_non_finite_entries_are_seen_beside_any_others(isa: str, entry: float, others: float) -> None:
-    """Products of neighbours tell them, which vanish or overflow here."""
-    for n in (2, 33, 64, 129):
+    """Products of neighbours tell them, in large problems sums of whole rows, which vanish or overflow here."""
+    for n in (2, 33, 64, 129, 300):
         similarity = torch.full((n, n), others)
         check(similarity, mf.assign(similarity))
-        for column in range(n):
+        for column in range(0, n, 1 if n < 300 else 7):
             spoiled = similarity.clone()
             spoiled[n // 2, column] = entry
             with pytest.raises(ValueError, match="similarity: expected finite values, got NaN or infinity"):

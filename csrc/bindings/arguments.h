@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <iterator>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -60,6 +62,17 @@ class Torch {
     }
     static py::object to_dlpack(const py::handle& tensor) {
         return checked(PyObject_CallFunctionObjArgs(names().to_dlpack, tensor.ptr(), nullptr));
+    }
+    // Whether this torch makes a tensor of memory that it is given, which takes 0.3 us; its functions take 0.8.
+    static bool makes_tensors() { return names().exchange != nullptr && names().exchange->make != nullptr; }
+    static py::object make_tensor(dlpack::VersionedTensor* memory) {
+        void* object = nullptr;
+        if (names().exchange->make(memory, &object) != 0) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+    }
+    static py::object empty_int64(int64_t n) {
+        return py::module_::import("torch").attr("empty")(
+            n, py::arg("dtype") = py::reinterpret_borrow<py::object>(names().int64), py::arg("device") = "cpu");
     }
 
   private:
@@ -155,6 +168,39 @@ class TensorArg {
     dlpack::ManagedTensor* managed_ = nullptr;
     py::object described_;  // where nothing is managed: the tensor that view_ looks into
     TensorView view_;
+};
+
+// A new int64 vector for a result, to be filled by the kernel.
+class NewVector {
+  public:
+    explicit NewVector(int64_t n) {
+        if (!Torch::makes_tensors()) {
+            tensor_ = Torch::empty_int64(n);
+            data_ = TensorArg::of_plain(tensor_, "result")->as<int64_t>();
+            return;
+        }
+        auto* head = static_cast<Head*>(std::malloc(sizeof(Head) + static_cast<size_t>(n) * sizeof(int64_t)));
+        if (head == nullptr) throw std::bad_alloc();
+        data_ = reinterpret_cast<int64_t*>(head + 1);
+        head->shape = n;
+        head->stride = 1;
+        head->managed = {1,        0, nullptr,
+                         &release, 0, {data_, dlpack::kCpu, 0, 1, dlpack::kInt, 64, 1, &head->shape, &head->stride, 0}};
+        tensor_ = Torch::make_tensor(&head->managed);
+    }
+    int64_t* data() const { return data_; }
+    const py::object& tensor() const { return tensor_; }
+
+  private:
+    // What the elements lie behind, in the same piece of memory.
+    struct Head {
+        dlpack::VersionedTensor managed;
+        int64_t shape, stride;
+    };
+    static void release(dlpack::VersionedTensor* managed) { std::free(managed); }
+
+    py::object tensor_;
+    int64_t* data_ = nullptr;
 };
 
 // A tensor at first sight: what is asked of it before it is opened, without a capsule where torch can describe it.

@@ -78,17 +78,21 @@ void assign_cuda(const py::object& similarity_obj, const std::optional<py::objec
 }
 #endif
 
-// One small matrix as it is: indices, value, gap, u and v as bytes, in this order; or None when the call above has to
-// be made, which has checks and errors for everything else. Most of the time of a small problem is Python's otherwise.
-py::object assign_lone(const py::handle& similarity_obj) {
-    if (!Torch::is_tensor(similarity_obj) || !Torch::is_cpu(similarity_obj)) return py::none();
-    TensorArg similarity(similarity_obj, "similarity");
-    const int64_t n = similarity->ndim == 2 ? similarity->shape[0] : 0;
+// Up to this many units a solve is over before another thread would get the interpreter, which takes 0.1 us to hand on.
+constexpr int kKeepsInterpreter = 64;
+
+// One small matrix as it is: an instance of `type` with its indices, a tensor, and as _packed value, gap, u and v as
+// bytes, in this order. None when the call above has to be made, which has checks and errors for everything else.
+py::object solve_lone(const py::handle& similarity_obj, PyTypeObject* type) {
+    const Glimpse seen(similarity_obj);
+    if (!seen.plain() || seen.dim() != 2) return py::none();
+    const TensorArg similarity = seen.open("similarity");
+    const int64_t n = similarity->shape[0];
     if (n < 1 || n > kSmallAssignment || similarity->shape[1] != n) return py::none();
     if (similarity->dtype != Dtype::f32 && similarity->dtype != Dtype::f64) return py::none();
-    const auto bytes = py::reinterpret_steal<py::object>(PyByteArray_FromStringAndSize(nullptr, (3 * n + 2) * 8));
-    if (!bytes) throw py::error_already_set();
-    char* packed = PyByteArray_AS_STRING(bytes.ptr());
+    const NewVector indices(n);
+    const auto packed = py::reinterpret_steal<py::object>(PyByteArray_FromStringAndSize(nullptr, (2 * n + 2) * 8));
+    if (!packed) throw py::error_already_set();
     AssignArgs a{};
     a.dtype = similarity->dtype;
     a.similarity = similarity->data;
@@ -96,15 +100,45 @@ py::object assign_lone(const py::handle& similarity_obj) {
     a.n = n;
     a.row_stride = similarity->strides[0];
     a.col_stride = similarity->strides[1];
-    a.indices = reinterpret_cast<int64_t*>(packed);
-    a.value = reinterpret_cast<double*>(packed) + n;
+    a.indices = indices.data();
+    a.value = reinterpret_cast<double*>(PyByteArray_AS_STRING(packed.ptr()));
     a.gap = a.value + 1;
     a.u = a.gap + 1;
     a.v = a.u + n;
     a.threads = 1;
-    const Status status = without_gil([&](const KernelTable& table) { return table.assign(a); });
-    return status == Status::ok ? bytes : py::none();
+    const auto solve = [&](const KernelTable& table) { return table.assign(a); };
+    if ((n <= kKeepsInterpreter ? solve(kernels()) : without_gil(solve)) != Status::ok) return py::none();
+    static PyObject *const indices_name = PyUnicode_InternFromString("indices"), *const packed_name =
+                                                                                     PyUnicode_InternFromString(
+                                                                                         "_packed");
+    auto found = py::reinterpret_steal<py::object>(type->tp_new(type, py::tuple().ptr(), nullptr));
+    if (!found || PyObject_GenericSetAttr(found.ptr(), indices_name, indices.tensor().ptr()) != 0 ||
+        PyObject_GenericSetAttr(found.ptr(), packed_name, packed.ptr()) != 0) {
+        throw py::error_already_set();
+    }
+    return found;
 }
+
+// Called by Python without pybind11, which takes 0.1 us of the microsecond that a call costs beside its solve.
+PyObject* assign_lone(PyObject*, PyObject* const* arguments, Py_ssize_t count) noexcept {
+    if (count != 2 || PyType_Check(arguments[1]) == 0) {
+        PyErr_SetString(PyExc_TypeError, "assign_lone: expected a similarity and a type");
+        return nullptr;
+    }
+    try {
+        return solve_lone(arguments[0], reinterpret_cast<PyTypeObject*>(arguments[1])).release().ptr();
+    } catch (py::error_already_set& error) {
+        if (error.matches(PyExc_Exception)) Py_RETURN_NONE;
+        error.restore();  // Ctrl-C
+        return nullptr;
+    } catch (...) {  // as above: the usual call meets it again and says what it is
+        Py_RETURN_NONE;
+    }
+}
+
+PyMethodDef lone_methods[] = {
+    {"assign_lone", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&assign_lone)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 
 // The `room` best columns of some rows at prices v, and bounds on the others; maxima, where it is given, takes every
 // row's largest reduced value.
@@ -177,7 +211,7 @@ int64_t assign_lists(const py::object& ptr_obj, const py::object& columns_obj, c
 void bind_assign(py::module_& m) {
     m.def("assign", &assign, py::arg("similarity"), py::arg("start"), py::arg("indices"), py::arg("out"),
           py::arg("threads"), py::arg("trusted") = false);
-    m.def("assign_lone", &assign_lone, py::arg("similarity"));
+    if (PyModule_AddFunctions(m.ptr(), lone_methods) != 0) throw py::error_already_set();
     m.def("assign_tile", &assign_tile, py::arg("tile"), py::arg("first_row"), py::arg("v"), py::arg("room"),
           py::arg("columns"), py::arg("values"), py::arg("threshold"), py::arg("maxima"), py::arg("threads"));
     m.def("assign_lists", &assign_lists, py::arg("ptr"), py::arg("columns"), py::arg("values"), py::arg("keys"),

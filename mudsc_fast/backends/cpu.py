@@ -107,7 +107,7 @@ def assign_lists(lists: Lists, prices: Tensor, column_of: Tensor) -> tuple[int, 
     return free, wanted.nonzero()[:, 0]
 
 
-# One small matrix: indices, value, gap, u and v as bytes, or None for anything that ``assign`` has to see.
+# The Assignment of one small matrix, or None for anything that ``assign`` has to see.
 assign_lone = _core.assign_lone
 
 

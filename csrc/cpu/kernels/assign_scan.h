@@ -14,18 +14,18 @@ constexpr int kRun = 64;
 
 inline int padded(int n) { return (n + kRun - 1) / kRun * kRun; }
 
-// Calls fn(vector of r, first column) for a whole row; lanes past its end hold minus infinity. bad is added to: it ends
-// up NaN in some lane when the row holds NaN or an infinity.
-template <bool priced, bool checked, class T, class C, class Fn>
+// Calls fn(vector of r, first column) for a whole row; lanes past its end hold minus infinity. All entries are added to
+// `sums`: what is not finite leaves it so. Sums, and as many of them, measured best: processors often add beside
+// maxima.
+template <bool priced, bool checked, int count, class T, class C, class Fn>
 inline void for_reduced(const T* row,    // [n]
                         const C* price,  // [padded(n)], infinite in the padding
-                        int n, Vec<C>* bad, const Fn& fn) {
+                        int n, Vec<C> (&sums)[count], const Fn& fn) {
     constexpr int lanes = Vec<C>::lanes;
-    const Vec<C> nothing = Vec<C>::all(0);
     const auto run = [&](const T* s, int j) {
         for (int k = 0; k < kRun / lanes; ++k) {
             Vec<C> x = Vec<C>::load(s + k * lanes);
-            if (checked) bad[k % 2] = x * nothing + bad[k % 2];
+            if (checked) sums[k % count] = sums[k % count] + x;
             if (priced) x = x - Vec<C>::load(price + j + k * lanes);
             fn(x, j, k);
         }
@@ -40,18 +40,36 @@ inline void for_reduced(const T* row,    // [n]
     }
 }
 
+template <class T>
+__attribute__((noinline, cold)) bool all_finite(const T* row, int n) {
+    for (int j = 0; j < n; ++j) {
+        if (!(row[j] - row[j] == 0)) return false;
+    }
+    return true;
+}
+
+// Whether a sum shows that all that went into it is finite. Sums of finite numbers may overflow too.
+template <class C>
+inline bool shows_finite(Vec<C> sum) {
+    const Vec<C> nothing = Vec<C>::all(0);
+    return ge(sum * nothing, nothing) == (uint64_t{1} << Vec<C>::lanes) - 1;  // only NaN is not equal to zero here
+}
+
 // The largest r of each group.
 template <bool priced, bool checked, class T, class C>
 inline void group_maxima(const T* row, const C* price, int n,
                          C* best,         // [kRun]
                          bool* finite) {  // set to false when the row holds NaN or an infinity
-    constexpr int lanes = Vec<C>::lanes, count = kRun / lanes;
-    Vec<C> top[count], bad[2] = {Vec<C>::all(0), Vec<C>::all(0)};
+    constexpr int lanes = Vec<C>::lanes, count = kRun / lanes, few = count < 8 ? 2 : 4;
+    Vec<C> top[count], sums[few];
+    for (Vec<C>& x : sums) x = Vec<C>::all(0);
     for (int k = 0; k < count; ++k) top[k] = Vec<C>::all(static_cast<C>(-INFINITY));
-    for_reduced<priced, checked>(row, price, n, bad, [&](Vec<C> r, int, int k) { top[k] = vmax(r, top[k]); });
+    for_reduced<priced, checked>(row, price, n, sums, [&](Vec<C> r, int, int k) { top[k] = vmax(r, top[k]); });
     for (int k = 0; k < count; ++k) top[k].store(best + k * lanes);
-    // Only NaN is not equal to zero here.
-    if (checked && ge(bad[0] + bad[1], Vec<C>::all(0)) != (uint64_t{1} << lanes) - 1) *finite = false;
+    if (!checked) return;
+    Vec<C> sum = sums[0] + sums[1];
+    for (int k = 2; k < few; ++k) sum = sum + sums[k];
+    if (!shows_finite(sum) && !all_finite(row, n)) *finite = false;
 }
 
 // Writes the columns with r >= level, or only those equal to it, in rising order from column `from` to the end of the

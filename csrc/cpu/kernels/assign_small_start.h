@@ -51,7 +51,6 @@ class SmallStart {
 
     template <bool checked>
     Best best_of(int i, Vec<C>* products) const;
-    bool all_finite(const Vec<C>* products) const;
     bool take_all(bool exact, bool checked);
     bool take(int i, const Best& b, bool exact, C* price);
     void bid();
@@ -123,21 +122,6 @@ inline bool SmallStart<T, C>::take(int i, const Best& b, bool exact, C* price) {
     return true;
 }
 
-// Products of finite entries may overflow too; then every entry is looked at.
-template <class T, class C>
-bool SmallStart<T, C>::all_finite(const Vec<C>* products) const {
-    const Vec<C> nothing = Vec<C>::all(0);
-    constexpr uint64_t all = (uint64_t{1} << Vec<C>::lanes) - 1;
-    if (ge(*products * nothing, nothing) == all) return true;  // only NaN is not equal to zero here
-    for (int i = 0; i < m_.n; ++i) {
-        for (int j = 0; j < m_.n; ++j) {
-            const C x = static_cast<C>(m_.row(i)[j]);
-            if (!(x - x == 0)) return false;
-        }
-    }
-    return true;
-}
-
 // All rows, each for itself, at the starting prices; false when the matrix holds NaN or an infinity, if `checked`.
 template <class T, class C>
 bool SmallStart<T, C>::take_all(bool exact, bool checked) {
@@ -151,7 +135,11 @@ bool SmallStart<T, C>::take_all(bool exact, bool checked) {
         if (!m_.is_open(b.column) || !take(i, b, exact, raised_)) m_.free[m_.free_count++] = i;
     }
     for (int j = 0; j < m_.n; ++j) price_[j] = raised_[j];
-    return all_finite(&products);
+    if (!checked || shows_finite(products)) return true;
+    for (int i = 0; i < m_.n; ++i) {
+        if (!all_finite(m_.row(i), m_.n)) return false;
+    }
+    return true;
 }
 
 // Rounds of bids, which displace owners.

@@ -9,6 +9,7 @@
 #include "cpu/kernels/assign_bidding.h"
 #include "cpu/kernels/assign_paths.h"
 #include "cpu/kernels/assign_small.h"
+#include "cpu/short_buffer.h"
 
 namespace mudsc {
 namespace MUDSC_ISA {
@@ -77,7 +78,7 @@ class Solver {
     int threads_ = 1;
     bool is_small_ = false;
     SmallSolver<T> small_;
-    Buffer<char> memory_;
+    ShortBuffer<char, 6144> memory_;  // what 64 units need lies inside
     Market<T> market_;
     Paths<T> paths_;
     int32_t* displaced_ = nullptr;

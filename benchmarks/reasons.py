@@ -120,12 +120,12 @@ _REASONS = (
     (
         "assign",
         "refused",
-        "the look at every entry is part of the pass that makes the lists: 1 to 4 % at 1024 units, where times spread "
+        "the look at every entry is part of the pass that makes the lists: 2 to 3 % at 1024 units, where times spread "
         "by 7 %",
     ),
-    ("assign", "planted", "64 units: 2.7 of 5 us are Python's share of a call; 0.98 to 1.21 of the best peer by run"),
-    ("assign", "dead", "64 units: 2.7 of 7 us are Python's share of a call; 0.89 to 1.12 of the best peer by run"),
-    ("assign", "related", "at 64 units a call costs 2.7 us in Python, beside a solve of 2 to 3 us"),
+    ("assign", "planted", "at 64 units a call costs 1 us in Python, beside a solve of 2 us"),
+    ("assign", "dead", "at 64 units a call costs 1 us in Python, beside a solve of 4 us"),
+    ("assign", "related", "at 64 units a call costs 1 us in Python, beside a solve of 2 us"),
     (
         "pipeline",
         "width 16 zip",

@@ -108,9 +108,8 @@ py::object solve_lone(const py::handle& similarity_obj, PyTypeObject* type) {
     a.threads = 1;
     const auto solve = [&](const KernelTable& table) { return table.assign(a); };
     if ((n <= kKeepsInterpreter ? solve(kernels()) : without_gil(solve)) != Status::ok) return py::none();
-    static PyObject *const indices_name = PyUnicode_InternFromString("indices"), *const packed_name =
-                                                                                     PyUnicode_InternFromString(
-                                                                                         "_packed");
+    static PyObject* const indices_name = PyUnicode_InternFromString("indices");
+    static PyObject* const packed_name = PyUnicode_InternFromString("_packed");
     auto found = py::reinterpret_steal<py::object>(type->tp_new(type, py::tuple().ptr(), nullptr));
     if (!found || PyObject_GenericSetAttr(found.ptr(), indices_name, indices.tensor().ptr()) != 0 ||
         PyObject_GenericSetAttr(found.ptr(), packed_name, packed.ptr()) != 0) {

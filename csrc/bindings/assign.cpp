@@ -135,9 +135,9 @@ PyObject* assign_lone(PyObject*, PyObject* const* arguments, Py_ssize_t count) n
     }
 }
 
-PyMethodDef lone_methods[] = {
-    {"assign_lone", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&assign_lone)), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef lone_methods[] = {{"assign_lone", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&assign_lone)),
+                               METH_FASTCALL, "assign_lone(similarity: object, made: type, /) -> object"},
+                              {nullptr, nullptr, 0, nullptr}};
 
 // The `room` best columns of some rows at prices v, and bounds on the others; maxima, where it is given, takes every
 // row's largest reduced value.

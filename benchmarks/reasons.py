@@ -120,7 +120,7 @@ _REASONS = (
     (
         "assign",
         "refused",
-        "the look at every entry is part of the pass that makes the lists: 2 to 3 % at 1024 units, where times spread "
+        "the look at every entry is part of the pass that makes the lists: 2 to 5 % at 1024 units, where times spread "
         "by 7 %",
     ),
     ("assign", "planted", "at 64 units a call costs 1 us in Python, beside a solve of 2 us"),

@@ -14,6 +14,7 @@ import torch
 import trace_models
 
 from mudsc_fast import law
+from mudsc_fast.calibration import calibrate
 from mudsc_fast.matching import match
 from mudsc_fast.spec import PermutationSpec
 
@@ -61,3 +62,25 @@ def test_a_permuted_copy_is_matched_and_merged(name: str) -> None:
             after = torch.func.functional_call(model, merged, (), inputs, tie_weights=False)
         for a, b in zip(before, law.floats(law.primary(after)), strict=True):
             assert torch.allclose(a, b, atol=1e-3 * float(a.abs().max())), method
+
+
+@pytest.mark.parametrize("name", ["Llama (GQA)", "Qwen2", "Qwen3", "Phi-3"])
+def test_what_is_seen_of_a_space_does_not_depend_on_the_order_of_others(name: str) -> None:
+    """Grouped queries: values and query heads are tapped where the other of the two is not among their samples."""
+    torch.manual_seed(0)
+    model, inputs = trace_models.ALL[name]()
+    trace_models.randomised(model)
+    spec = PermutationSpec.trace(model, (), inputs)
+    state = {key: t.detach().clone() for key, t in model.state_dict().items()}
+    order = spec.random_permutation(5)
+    twin, _ = trace_models.ALL[name]()
+    twin.load_state_dict(spec.permute(state, order))
+    stats = calibrate([model, twin], [inputs], spec)
+    for space in spec:
+        if space.taps:
+            cross = stats[space.name].correlation_blocks("cross")[0]
+            assert float((cross[order[space.name], torch.arange(space.width)] - 1).abs().max()) < 1e-4, space.name
+    for method in ("align", "zip"):
+        states = [state, twin.state_dict()]
+        merged = match(states, spec, stats, method, progress=False).merge(states)
+        assert all(torch.allclose(merged[key].float(), state[key].float(), atol=1e-5) for key in state), method

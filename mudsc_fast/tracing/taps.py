@@ -12,7 +12,7 @@ from mudsc_fast.spaces import Tap
 from mudsc_fast.tracing.drafts import Draft, Key, find
 from mudsc_fast.tracing.graph import Exported, Walk, scopes_of
 from mudsc_fast.tracing.layouts import Atom, size_of
-from mudsc_fast.tracing.lines import Line, lines_of, place
+from mudsc_fast.tracing.lines import Line, lines_of, place, visible
 from mudsc_fast.tracing.state import Value
 from mudsc_fast.tracing.table import values_in
 
@@ -60,7 +60,8 @@ class Ports:
 
     def taps(self, draft: Draft) -> tuple[Tap, ...]:
         """The input of the layer that reads the units, or where they are seen last with the most samples; for units
-        that no layer reads, the outputs of the layers that make them.
+        that no layer reads, the outputs of the layers that make them. Rather where nothing else moves beside them:
+        samples are paired by position, which other units of two models are not.
         """
         readers = {a.tensor.rpartition(".")[0] for a in draft.axes if a.role == "in"}
         if not readers:
@@ -68,6 +69,7 @@ class Ports:
         carrying = {n: tap for n in self._ports if (tap := self._seen(draft.key, n)) is not None}
         if not carrying:
             return ()
+        carrying = {n: tap for n, tap in carrying.items() if self._paired(draft.key, n)} or carrying
         samples = {n: prod(self._shape(n)) for n in carrying}
         most = max(samples.values())
         read = [n for n in carrying if any(p.module in readers and p.port == "input" for p in self._ports[n])]
@@ -107,6 +109,20 @@ class Ports:
             if key.inner is not None or not self._filled(key, line)
             for hit in find(key, line)
         ]
+
+    def _paired(self, key: Key, node: fx.Node) -> bool:
+        """Are the units seen with no other space's units among their samples?"""
+        value = self._walk.values[node]
+        if not isinstance(value, Value):
+            return False
+        lines = [lines_of(axis) for axis in value.axes]
+        beside: set[Atom] = set()
+        for dim, own in enumerate(lines):
+            hits = [hit for line in own for hit in find(key, line)]
+            if hits:
+                beside |= visible([less for less, _ in hits])
+                beside |= visible([line for k, other in enumerate(lines) if k != dim for line in other])
+        return all(a.frozen is not None for a in beside - {key.inner, key.block})
 
     def _filled(self, key: Key, line: Line) -> bool:
         """Does something move inside the blocks here? Then another space moves these blocks."""

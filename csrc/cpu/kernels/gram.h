@@ -336,7 +336,8 @@ void gram_block(const GramOperand<T>& p, const GramOperand<T>& q, int64_t depth,
 
 // Calls multiply(i, j) for the blocks of C. A task is 4 x 8 blocks: its four row panels of 512 floats a unit (400 KiB)
 // and the column panel at work (100 KiB) stay in a 1 MiB L2, and a column panel is read once for all four. Where that
-// leaves too few tasks to share, they are halved. Returns false when `poll` asked to stop.
+// leaves too few tasks to share, they get fewer columns, and only then fewer rows: tasks that follow each other have
+// the same row panels, so a column panel is still read once for four. Returns false when `poll` asked to stop.
 template <typename C, typename Multiply>
 bool gram_blocks(int threads, int64_t depth, const GramTarget<C>& c, const Poll* poll, const Multiply& multiply) {
     const int64_t row_blocks = ceil_div(c.rows, kPanel), column_blocks = ceil_div(c.columns, kPanel);
@@ -345,13 +346,8 @@ bool gram_blocks(int threads, int64_t depth, const GramTarget<C>& c, const Poll*
     if (c.rows * c.columns * depth < (int64_t{1} << 22)) threads = 1;
     int64_t task_rows = 4, task_columns = 8;
     const int64_t blocks = row_blocks * column_blocks / (c.symmetric ? 2 : 1);
-    while (threads > 1 && task_columns > 1 && blocks < 16 * threads * task_rows * task_columns) {
-        if (task_columns > task_rows || task_rows == 1) {
-            task_columns /= 2;
-        } else {
-            task_rows /= 2;
-        }
-    }
+    while (threads > 1 && task_rows > 1 && blocks < 16 * threads * task_rows * task_columns)
+        (task_columns > 1 ? task_columns : task_rows) /= 2;
     const int64_t down = ceil_div(row_blocks, task_rows), across = ceil_div(column_blocks, task_columns);
     bool stopped = false;
     parallel_each(threads, down * across, [&](int64_t task, int worker) {

@@ -35,16 +35,6 @@ def check_count(name: str, value: int, least: int) -> int:
     return found
 
 
-def check_seed(seed: int) -> int:
-    """The seed as an int; TypeError unless an integer, ValueError unless torch takes it."""
-    found = integer(seed)
-    if found is None:
-        raise TypeError(f"seed: expected an integer, got {seed!r}")
-    if not -(2**63) <= found < 2**64:
-        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
-    return found
-
-
 def check_spec(spec: PermutationSpec) -> None:
     """TypeError unless a PermutationSpec."""
     if not isinstance(spec, PermutationSpec):

@@ -14,7 +14,6 @@ from mudsc_fast.arguments import (
     Width,
     check_activations,
     check_count,
-    check_seed,
     check_share,
     check_spec,
     check_start,
@@ -29,6 +28,7 @@ from mudsc_fast.plan import METHODS, MergePlan
 from mudsc_fast.progress import Bar, Progress, bar, wanted
 from mudsc_fast.records import PathLike
 from mudsc_fast.rematch import Match, Matcher
+from mudsc_fast.scalars import check_seed
 from mudsc_fast.weights import Weights
 from mudsc_fast.workplan import TensorShape, plan_work
 from mudsc_fast.zipping import check_attenuation

@@ -25,3 +25,13 @@ def check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not (isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     return float(value)
+
+
+def check_seed(seed: object) -> int:
+    """The seed as an int; TypeError unless an integer, ValueError unless torch takes it."""
+    found = integer(seed)
+    if found is None:
+        raise TypeError(f"seed: expected an integer, got {seed!r}")
+    if not -(2**63) <= found < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
+    return found

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mudsc_fast import law, layout
 from mudsc_fast.axes import axis_labels, split_blocks, take
+from mudsc_fast.scalars import check_seed
 from mudsc_fast.spaces import Axis, Frozen, Space, Tap
 
 Permutation = dict[str, Tensor]
@@ -217,7 +218,7 @@ class PermutationSpec:
 
         No order drawn is the identity where there is another.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(check_seed(seed))
         of_tie: dict[str, Tensor] = {}
         result = {}
         for space in self.spaces:
@@ -245,6 +246,8 @@ class PermutationSpec:
         return result
 
     def _labels(self, permutation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(permutation, Mapping):
+            raise TypeError(f"perm: expected a mapping from spaces to indices, got {type(permutation).__name__}")
         labels = {}
         for name, indices in permutation.items():
             if name not in self:

@@ -352,6 +352,17 @@ def test_permutations_that_break_the_spec(name: str, permutation: dict[str, Tens
         spec.permute(state, permutation)
 
 
+def test_what_is_no_permutation_and_no_seed_is_named() -> None:
+    spec = SPECS["mlp"]
+    state = MLP(4, (6, 5)).state_dict()
+    with pytest.raises(TypeError, match="perm: expected a mapping from spaces to indices, got int"):
+        spec.permute(state, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed: expected an integer, got 'one'"):
+        spec.random_permutation("one")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed: expected an integer of 64 bits"):
+        spec.random_permutation(1 << 70)
+
+
 def without(spec: PermutationSpec, tensor: str) -> PermutationSpec:
     return PermutationSpec(
         tuple(replace(s, axes=tuple(a for a in s.axes if a.tensor != tensor)) for s in spec)

@@ -70,6 +70,7 @@ class Row:
         memory_at_most: besides, MiB of extra memory that ours may take.
         also: further verdicts on the same times, (case, against, target) each; each is a result of its own.
         cold: other memory is written before each call that is timed, so that no contender finds tensors in the caches.
+        remark: what is to be said of the machine after the row was timed; it becomes the note.
     """
 
     op: str
@@ -90,6 +91,7 @@ class Row:
     also: tuple[tuple[str, str, float], ...] = ()
     work_of: Mapping[str, float] = field(default_factory=dict)
     cold: bool = False
+    remark: Callable[[], str] | None = None
 
 
 @dataclass
@@ -171,6 +173,7 @@ def run_row(row: Row, ceilings: dict[str, float] | None = None, budget: float = 
     with threads_set(row.threads):
         times = _take_turns(row, running, first, budget, fresh=(result.extra_mib or 0.0) > FRESH_MEMORY)
     timed = time.perf_counter()
+    result.note = row.remark() if row.remark is not None else result.note
     # A first run is both: what it took counts as timing.
     result.wall = {
         "prepare": prepared - started,

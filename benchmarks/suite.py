@@ -189,6 +189,8 @@ def line(result: Result) -> str:
     if result.extra_mib is not None:
         most = "" if result.memory_at_most is None else f" (at most {result.memory_at_most:.0f})"
         parts.append(f"+{result.extra_mib:.0f} MiB{most}")
+    if result.threads > 1:
+        parts.append(result.note)
     parts += [
         f"{name}: {why}" if why.startswith("left out") else f"{name}: missing ({why})"
         for name, why in result.missing.items()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import marked, performance_document, pictures, report
-from benchmarks.harness import OURS, Result
+from benchmarks import marked, performance_document, pictures, report, suite
+from benchmarks.harness import OURS, Contender, Result, Row, run_row
+from mudsc_fast import _core
 
 RUN: dict[str, Any] = json.loads(performance_document.RESULTS.read_text(encoding="utf-8"))
 
@@ -79,3 +81,14 @@ def test_share_of_a_target() -> None:
     assert pictures.share(made("zip", 8, 2.0, target=2.0, measured=3.0)) == 1.5
     assert pictures.share(made("zip", 8, 2.0, at_most=10.0)) == 5.0
     assert pictures.share(made("zip", 8, 2.0)) is None
+
+
+def test_rows_on_two_threads_note_how_far_the_cores_are_apart() -> None:
+    trip = _core.round_trip()
+    assert 1e-9 < trip < 1.0 or (trip == 0 and os.cpu_count() == 1)
+    row = Row(
+        "zip", "case", 8, lambda: [Contender(OURS, lambda: 1.0)], lambda *_: 0.0, 0.0, threads=2, remark=lambda: "far"
+    )
+    result = run_row(row, budget=0.01)
+    assert result.note == "far"
+    assert suite.line(result).endswith("far")

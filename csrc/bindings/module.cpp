@@ -1,4 +1,7 @@
 // The module itself: what this build is, which instruction set it uses, and the ceilings that benchmarks measure.
+#include <atomic>
+#include <thread>
+
 #include "bindings/arguments.h"
 
 namespace mudsc::bindings {
@@ -19,6 +22,36 @@ double peak_flops(bool bf16) {
         best = std::max(best, flop / taken.count());
     }
     return best;
+}
+
+// Seconds in which a cache line goes from one core to another and back, the least of many times 20; 0 where there is
+// one core. Takes about 50 ms at most.
+double round_trip() {
+    if (std::thread::hardware_concurrency() < 2) return 0;
+    py::gil_scoped_release release;
+    constexpr int most = 20000, some = 20;
+    alignas(64) std::atomic<int> turn{0};  // odd: the other thread's; negative: it is over
+    std::thread other([&turn] {
+        for (int seen = 0; seen >= 0;) {
+            seen = turn.load(std::memory_order_acquire);
+            if (seen > 0 && seen % 2 == 1) turn.store(seen + 1, std::memory_order_release);
+        }
+    });
+    double least = 1, all = 0;
+    for (int trips = 0; trips < most && all < 0.05;) {
+        const auto start = std::chrono::steady_clock::now();
+        for (const int end = trips + some; trips < end; ++trips) {
+            turn.store(2 * trips + 1, std::memory_order_release);
+            while (turn.load(std::memory_order_acquire) != 2 * trips + 2) {
+            }
+        }
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        least = std::min(least, taken.count() / some);
+        all += taken.count();
+    }
+    turn.store(-1, std::memory_order_release);
+    other.join();
+    return least;
 }
 
 py::dict build_info() {
@@ -54,6 +87,7 @@ PYBIND11_MODULE(_core, m) {
         "use_isa", [](const std::optional<std::string>& name) { mudsc::use_isa(name ? name->c_str() : nullptr); },
         py::arg("name"), "Switches the instruction set; None chooses again.");
     m.def("peak_flops", &peak_flops, py::arg("bf16"));
+    m.def("round_trip", &round_trip);
     bind_regroup(m);
     bind_zip(m);
     bind_assign(m);

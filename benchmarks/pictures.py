@@ -124,7 +124,7 @@ def _targets(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     panel.set_xlabel("measured ratio as a multiple of its target; in red: below")
     low = sum(not met for found in groups.values() for _, met in found)
     count = sum(map(len, groups.values()))
-    panel.set_title(f"{count - low} of {count} rows reach their target", fontsize=11)
+    panel.set_title(f"{count - low} of {count} rows with a ratio or a limit of time reach their target", fontsize=11)
     figure.savefig(path, dpi=90)
     return path
 

@@ -170,3 +170,22 @@ def test_a_group_that_is_not_there_is_refused() -> None:
     spec = mf.PermutationSpec((mf.Space("h", 4, (mf.Axis("fc1.weight", 0, "out"), mf.Axis("fc2.weight", 1, "in"))),))
     with pytest.raises(RuntimeError, match="not initialised"):
         mf.match([state, state], spec, balance=1.0, group=True)
+
+
+def test_a_command_leaves_only_what_it_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    from mudsc_fast.cli import processes
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        processes.leave()
+        assert dist.is_initialized()
+        monkeypatch.setattr(processes, "_connected", True)
+        processes.leave()
+        assert not dist.is_initialized()
+        assert not processes._connected
+        processes.leave()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -18,6 +18,7 @@ from types import FrameType
 
 import click
 
+from mudsc_fast.cli import processes
 from mudsc_fast.cli.benchmarking import bench
 from mudsc_fast.cli.calibrating import calibrate
 from mudsc_fast.cli.group import Commands
@@ -123,7 +124,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except BaseException as error:  # noqa: BLE001 (Ctrl-C and SIGTERM have exit codes too)
         if settings.debug and not isinstance(error, SystemExit | click.UsageError):
             traceback.print_exc()
+        if isinstance(error, Exception):
+            processes.leave()
         return _explained(error, settings)
+    processes.leave()
     return code if isinstance(code, int) else DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
 # What torchrun and other launchers set.
 _VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 
+# Of join: what it connected, leave has to part.
+_connected = False
+_GIVING_BACK = 0.2  # seconds
+
 
 def join() -> World | None:
     """The processes that a launcher started, connected; None where this one is alone. All but the first are quiet.
 
     ValueError for variables that are no numbers.
     """
+    global _connected
     given = [os.environ.get(name) for name in _VARIABLES]
     if not all(given):
         return None
@@ -36,6 +42,25 @@ def join() -> World | None:
     if not dist.is_initialized():
         # A process that dies closes its connections, which is noticed at once; a wide space may take an hour.
         dist.init_process_group("gloo", timeout=timedelta(days=1))
+        _connected = True
     if rank:
         options.settings().quiet = True
     return world_of(True)
+
+
+def leave() -> None:
+    """End what ``join`` began, before the interpreter does.
+
+    A thread of gloo's gives back the tensors of the last exchange, for which it waits until Python's lock is free; once
+    the interpreter ends it would abort the process instead. Not after an interrupt: an exchange that others have not
+    come to would be waited for.
+    """
+    global _connected
+    if not _connected:
+        return
+    import torch.distributed as dist
+
+    _connected = False
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    time.sleep(_GIVING_BACK)  # without Python's lock

@@ -6,14 +6,13 @@ import copy
 import dataclasses
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch_versions
 from assignment_cases import KINDS, check, make
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -255,11 +254,6 @@ def test_results_own_their_memory() -> None:
 def test_a_torch_that_makes_no_tensors_of_memory() -> None:
     # Older ones have no exchange table, or a number in its place; results are the same.
     code = (
-        "import sys, torch\n"
-        "if sys.argv[1] == 'number': torch.Tensor.__dlpack_c_exchange_api__ = 1\n"
-        "elif sys.argv[1] == 'none' and hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
-        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
-        "import mudsc_fast as mf\n"
         "similarity = torch.sin(torch.arange(4900.0)).view(70, 70)\n"
         "print([mf.assign(similarity[:n, :n]) for n in (1, 5, 64, 70)])\n"
         "print(mf.assign(torch.complex(similarity, similarity).conj().imag))\n"
@@ -267,12 +261,9 @@ def test_a_torch_that_makes_no_tensors_of_memory() -> None:
         "    try: mf.assign(bad)\n"
         "    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error: print(type(error), error)\n"
     )
-    printed = []
-    for kind in ("as it is", "none", "number"):  # from where this package is, also when that is a build of its own
-        run = [sys.executable, "-c", code, kind]
-        printed.append(subprocess.check_output(run, text=True, cwd=Path(mf.__file__).resolve().parent.parent))
-    assert "expected finite values" in printed[0]
-    assert printed[1] == printed[2] == printed[0]
+    shown = torch_versions.printed(code)
+    assert "expected finite values" in shown[0]
+    assert shown[1] == shown[2] == shown[0]
 
 
 def test_ordinary_calls_under_modes_and_transforms() -> None:

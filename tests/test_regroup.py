@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import golden_cases
 import pytest
 import torch
+import torch_versions
 from torch import Tensor
 
 import mudsc_fast as mf
@@ -400,11 +399,6 @@ def test_strides_past_32_bits(isa: str) -> None:
 def test_a_torch_that_describes_no_tensor_in_place() -> None:
     # Older ones have no exchange table, or a number in its place: tensors then come in capsules, with the same result.
     code = (
-        "import sys, torch\n"
-        "if sys.argv[1] == 'number': torch.Tensor.__dlpack_c_exchange_api__ = 1\n"
-        "elif sys.argv[1] == 'none' and hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
-        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
-        "import mudsc_fast as mf\n"
         "x = torch.arange(24.0).reshape(2, 4, 3)\n"
         "out, labels, scale = torch.empty(2, 2, 3), torch.tensor([1, 0, 1, 0]), torch.tensor([0.5, 2.0])\n"
         "mf.regroup(x, labels, 1, 2, scale, out=out)\n"
@@ -413,14 +407,11 @@ def test_a_torch_that_describes_no_tensor_in_place() -> None:
         "try: mf.regroup(x.to_sparse(), labels, 1, 2, out=out)\n"
         "except RuntimeError as error: print(error)\n"
     )
-    printed = []
-    for kind in ("as it is", "none", "number"):  # from where this package is, also when that is a build of its own
-        run = [sys.executable, "-c", code, kind]
-        printed.append(subprocess.check_output(run, text=True, cwd=Path(mf.__file__).resolve().parent.parent))
+    shown = torch_versions.printed(code)
     x, labels, scale = torch.arange(24.0).reshape(2, 4, 3), torch.tensor([1, 0, 1, 0]), torch.tensor([0.5, 2.0])
     want = mf.reference.regroup(x, labels, 1, 2, scale).tolist(), mf.reference.regroup(-x, labels, 1, 2).tolist()
-    assert printed[0].startswith(f"{want[0]} {want[1]}\n")
-    assert printed[1] == printed[2] == printed[0]
+    assert shown[0].startswith(f"{want[0]} {want[1]}\n")
+    assert shown[1] == shown[2] == shown[0]
 
 
 def test_calls_keep_no_reference_and_change_none() -> None:

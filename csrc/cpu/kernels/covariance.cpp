@@ -142,7 +142,7 @@ class Accumulator {
             const CovarianceSource& source = sources_[model];
             int64_t off[kPanel];
             for (int u = 0; u < units; ++u) off[u] = (unit + u) * source.unit_stride;
-            const Columns columns{offsets_.get() + model * kGramDepth, nullptr, nullptr};
+            const Columns columns{k0 + n, offsets_.get() + model * kGramDepth, nullptr, nullptr};
             fill<T>(source.dtype, source.data, off, columns, units, k0, n, to + lane);
         });
     }

@@ -23,6 +23,7 @@ constexpr int64_t kPackRows = 64;
 // The columns (samples) of a source: column c is scale[c] * sum over p in [ptr[c], ptr[c + 1]) of the element at
 // off[p]; without ptr it is the element at off[c].
 struct Columns {
+    int64_t count;  // of all
     const int64_t* off;
     const int64_t* ptr;
     const double* scale;
@@ -253,14 +254,15 @@ void scale_columns(const Columns& columns, int64_t units, int64_t c0, int64_t n,
     }
 }
 
-// Asks for the next n elements of each unit.
+// Asks for n elements.
 template <typename T>
-inline void ask_for_units(const T* next, const int64_t* unit_off, int64_t units, int64_t n) {
+inline void ask_for_run(const T* next, int64_t n) {
     constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
-    for (int64_t u = 0; u < units; ++u) {
-        for (int64_t k = 0; k < n; k += kLine) __builtin_prefetch(next + unit_off[u] + k, 0, 2);
-    }
+    for (int64_t k = 0; k < n; k += kLine) __builtin_prefetch(next + k, 0, 2);
 }
+
+// Units that lie within so many elements are asked for together.
+constexpr int64_t kNear = 256;
 
 // Units that lie apart: their columns are read unit by unit and transposed, eight units at a time.
 template <typename W, typename T>
@@ -276,19 +278,21 @@ void fill_apart(const T* data, const int64_t* unit_off, const Columns& columns, 
     }
     // Runs with one member a column are read where they are.
     const bool direct = sizeof(T) == sizeof(W) && columns.ptr == nullptr;
-    if (run) {
-        runs[0] = {c0, n};
-        ask_for_units(data + columns.off[c0] + n, unit_off, units, n);
-    }
+    if (run) runs[0] = {c0, n};
     constexpr int64_t kAtOnce = 8;
     W part[kAtOnce][kPackRows];
     for (int64_t u0 = 0; u0 < units; u0 += kAtOnce) {
         const int64_t batch = min64(kAtOnce, units - u0);
         const W* rows[kAtOnce];
+        for (int64_t u = 0; run && u < batch; ++u) ask_for_run(data + columns.off[c0] + n + unit_off[u0 + u], n);
         if (direct) {
             for (int64_t u = 0; u < batch; ++u) rows[u] = reinterpret_cast<const W*>(data + unit_off[u0 + u]);
             W* at = to + u0;
+            const int64_t span = unit_off[u0 + batch - 1] - unit_off[u0];
             for (int64_t r = 0; r < count; ++r) {
+                const int64_t soon = runs[r].first + n;
+                if (!run && span <= kNear && soon < columns.count)
+                    ask_for_run(data + columns.off[soon] + unit_off[u0], span + runs[r].length);
                 transpose_rows(rows, batch, columns.off[runs[r].first], runs[r].length, at, kPanel);
                 at += runs[r].length * kPanel;
             }

@@ -52,6 +52,22 @@ class Buffer {
     T* data_ = nullptr;
 };
 
+// Asks for the pages of memory that is about to be written all at once, which takes half the time of a fault each where
+// the memory is new, and next to nothing where it is not.
+template <typename T>
+inline void ask_for_pages(T* memory, int64_t count) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 4096;
+    constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; kernels before refuse it and do nothing
+    const uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage,
+                    to = reinterpret_cast<uintptr_t>(memory + count) / kPage * kPage;
+    if (to >= from + 8 * kPage) madvise(reinterpret_cast<void*>(from), to - from, kPopulateWrite);
+#else
+    (void)memory;
+    (void)count;
+#endif
+}
+
 struct bf16 {
     uint16_t bits;
 };

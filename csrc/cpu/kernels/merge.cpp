@@ -61,6 +61,15 @@ void gather_row(const T* from, const MergeAxis& axis, int64_t m, int64_t inner, 
     }
 }
 
+template <typename A, typename B>
+struct Same {
+    static constexpr bool value = false;
+};
+template <typename A>
+struct Same<A, A> {
+    static constexpr bool value = true;
+};
+
 template <typename T, typename W>
 class Merger {
   public:
@@ -69,7 +78,11 @@ class Merger {
           rows_(a_.outer * a_.first.size),
           length_(a_.second.size * a_.inner),
           row_(a_.middle * length_),
-          from_row_(a_.middle * a_.second.positions * a_.inner) {}
+          from_row_(a_.middle * a_.second.positions * a_.inner) {
+        for (int64_t m = 0; m < a_.models; ++m) {
+            if (a_.shares[m] != 0) last_ = m;
+        }
+    }
 
     Status run() {
         const int64_t each = max64(1, kTask / max64(row_, 1)), tasks = ceil_div(rows_, each);
@@ -82,8 +95,10 @@ class Merger {
         parallel_each(a_.threads, tasks, poll, [&](int64_t task, int worker, const Poll& stop) {
             if (stop()) return;
             W* own = scratch.get() + worker * room;
+            const int64_t begin = task * each, end = min64(begin + each, rows_);
+            ask_for_pages(static_cast<T*>(a_.out) + begin * row_, (end - begin) * row_);
             bool good = true;
-            for (int64_t r = task * each; r < min64((task + 1) * each, rows_); ++r) good &= merge_row(r, own);
+            for (int64_t r = begin; r < end; ++r) good &= merge_row(r, own);
             finite[task] = good;
         });
         if (poll.stopped()) return Status::interrupted;
@@ -96,33 +111,30 @@ class Merger {
   private:
     bool merge_row(int64_t r, W* scratch) const {
         const int64_t o = r / a_.first.size, j = r % a_.first.size;
-        W *part = scratch, *mean = scratch + length_, *scale = scratch + 2 * length_, *whole = scratch + 3 * length_;
+        W *part = scratch, *kept = scratch + length_, *scale = scratch + 2 * length_, *whole = scratch + 3 * length_;
         const bool scaled = scales(j, scale);
         bool finite = true;
         for (int64_t b = 0; b < a_.middle; ++b) {
+            T* to = static_cast<T*>(a_.out) + r * row_ + b * length_;
+            const W* mean = nullptr;  // of the models so far
             double total = 0;
-            bool begun = false;
+            bool written = false;
             for (int64_t m = 0; m < a_.models; ++m) {
                 if (a_.shares[m] == 0) continue;
                 total += a_.shares[m];
-                const W* x = expressed(o, j, b, m, part, whole);
-                if (!begun) {
-                    memcpy(mean, x, static_cast<size_t>(length_) * sizeof(W));
+                const W* x = expressed(o, j, b, m, mean == nullptr ? kept : part, whole);
+                if (mean == nullptr) {
+                    if (x == whole) memcpy(kept, x, static_cast<size_t>(length_) * sizeof(W));
+                    mean = x == whole ? kept : x;
+                } else if (m == last_ && !scaled) {
+                    finite &= mix(mean, x, a_.shares[m] / total, to);
+                    written = true;
                 } else {
-                    mix(x, a_.shares[m] / total, mean);
+                    mix(mean, x, a_.shares[m] / total, kept);
+                    mean = kept;
                 }
-                begun = true;
             }
-            if (scaled) {
-                for (int64_t k = 0; k < length_; ++k) mean[k] *= scale[k];
-            }
-            unsigned bad = 0;
-            T* to = static_cast<T*>(a_.out) + r * row_ + b * length_;
-            for (int64_t k = 0; k < length_; ++k) {
-                bad |= mean[k] - mean[k] != 0;
-                to[k] = store<T>(mean[k]);
-            }
-            finite &= bad == 0;
+            if (!written) finite &= write(mean, scaled ? scale : nullptr, to);
         }
         return finite;
     }
@@ -155,28 +167,33 @@ class Merger {
         return part;
     }
 
-    template <typename A, typename B>
-    struct Same {
-        static constexpr bool value = false;
-    };
-    template <typename A>
-    struct Same<A, A> {
-        static constexpr bool value = true;
-    };
-
-    // mean += weight * (x - mean), such that equal values stay what they are: in the roundings of torch's lerp, so that
-    // a tensor that is merged by it has the same bits.
-    void mix(const W* x, double weight, W* __restrict mean) const {
+    // to = mean + weight * (x - mean), such that equal values stay what they are: in the roundings of torch's lerp, so
+    // that a tensor that is merged by it has the same bits. Like write, returns whether all of it is finite.
+    template <typename To>
+    bool mix(const W* mean, const W* x, double weight, To* to) const {
         const W w = static_cast<W>(weight);
         if (w == W(0.5)) {  // products with 0.5 are exact
-            for (int64_t k = 0; k < length_; ++k) mean[k] = x[k] - (x[k] - mean[k]) * w;
-        } else if (w < W(0.5)) {
-            for (int64_t k = 0; k < length_; ++k) mean[k] = fused(w, x[k] - mean[k], mean[k]);
-        } else {
-            for (int64_t k = 0; k < length_; ++k) mean[k] = fused(w - W(1), x[k] - mean[k], x[k]);
+            return each([&](int64_t k) { return x[k] - (x[k] - mean[k]) * w; }, to);
         }
+        if (w < W(0.5)) return each([&](int64_t k) { return fused(w, x[k] - mean[k], mean[k]); }, to);
+        return each([&](int64_t k) { return fused(w - W(1), x[k] - mean[k], x[k]); }, to);
     }
 
+    bool write(const W* mean, const W* scale, T* to) const {
+        if (scale != nullptr) return each([&](int64_t k) { return mean[k] * scale[k]; }, to);
+        return each([&](int64_t k) { return mean[k]; }, to);
+    }
+
+    template <typename Value, typename To>
+    bool each(const Value& value, To* to) const {
+        unsigned bad = 0;
+        for (int64_t k = 0; k < length_; ++k) {
+            const W x = value(k);
+            bad |= x - x != 0;
+            to[k] = store<To>(x);
+        }
+        return bad == 0;
+    }
     static float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
     static double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
@@ -211,6 +228,7 @@ class Merger {
 
     const MergeArgs& a_;
     const int64_t rows_, length_, row_, from_row_;
+    int64_t last_ = 0;  // model that counts
 };
 
 }  // namespace

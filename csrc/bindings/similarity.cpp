@@ -99,6 +99,7 @@ std::optional<int64_t> similarity(const std::vector<std::vector<TermTuple>>& ter
     int64_t bad = -1;
     a.bad_term = &bad;
     a.bound = &bound;
+    a.bound_margin = 1;
     a.threads = threads;
     SignalPoll signals;
     a.poll = signals.poll();

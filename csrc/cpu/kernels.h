@@ -178,10 +178,11 @@ struct SimilarityArgs {
     double balance;
     const CovarianceState* activation;  // null: weights alone
     void* out;
-    int64_t row_stride;  // of a full out; 0: models * n
-    bool* bound;         // null, or in: entries of two units of one model may be upper bounds, which are quicker to
-                         // find; out: whether they are
-    int64_t* bad_term;   // out: the term that is not finite
+    int64_t row_stride;   // of a full out; 0: models * n
+    bool* bound;          // null, or in: entries of two units of one model may be upper bounds, which are quicker to
+                          // find; out: whether they are
+    double bound_margin;  // they are of use below the best pairs of two models times this
+    int64_t* bad_term;    // out: the term that is not finite
     int threads;
     Poll poll;
 };

@@ -85,6 +85,8 @@ Status Network::similarity(const KernelTable& table, int space, bool full, bool 
     a.poll = poll;
     a.row_stride = full ? row : 0;
     a.bound = &bound;
+    // Entries of merged units shrink as they do in a zip, up to the one that joins the last model's unit.
+    a.bound_margin = std::pow(options_.attenuation, static_cast<double>(models - 2));
     const Status status = table.similarity(a);
     result = {a.dtype, a.out, n, row, full ? n : n * n, full, bound};
     return status;

@@ -1,23 +1,42 @@
-// Upper bounds of products at a third of their cost: panels rounded to 8 bits, whose products are exact in 32-bit
-// integers, and the most that the rounding can have taken away. Where the instruction set has no such products,
-// kHasBounds is false.
+// Upper bounds of products inside models, at less than their cost. Of some columns products are made; those of all
+// others add at most the product of what is left of the two rows' norms. Where there are products of 8 bits, panels are
+// rounded first: their products are exact in 32-bit integers, take a quarter of the time, and a bound is raised by the
+// most that the rounding can have taken away.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "cpu/common.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/gram.h"
+#include "cpu/kernels/pack.h"
 
 namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
+// Calls fn(row, from, to) for what block_product leaves out of the block at (row0, column0), on or above the diagonal,
+// because its rows and columns are of one group: vectors [from, to) of kRows rows. Entries below the diagonal are not
+// wanted by anybody.
+template <typename W, typename Fn>
+void inside_vectors(const GramTarget<W>& target, int64_t row0, int64_t column0, const Fn& fn) {
+    constexpr int kLanes = Tile<W>::kLanes, kRows = Tile<W>::kRows;
+    const int rows = static_cast<int>(min64(kPanel, target.rows - row0));
+    for (int row = 0; row < rows; row += kRows) {
+        const int64_t from = max64(0, (row0 + row - column0) / kLanes),
+                      to = min64(kPanel / kLanes, (target.first_column(row0 + row) - column0) / kLanes);
+        if (from < to) fn(row, static_cast<int>(from), static_cast<int>(to));
+    }
+}
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-constexpr bool kHasBounds = true;
+template <typename W>
+constexpr bool kRounds = sizeof(W) == sizeof(float);
 #else
-constexpr bool kHasBounds = false;
+template <typename W>
+constexpr bool kRounds = false;
 #endif
 
 constexpr int64_t kQuad = 4;  // samples that one instruction multiplies and adds up
@@ -33,13 +52,18 @@ struct RoundedPanel {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-// Rounds the n samples of a panel. missed += the most that the sum of squares of what rounding took away can be.
-inline void round_panel(const float* from, int64_t n, RoundedPanel& to, double* missed) {
+// Rounds the n samples of a panel. missed += the most that the sum of squares of what rounding took away can be, seen
+// += the sum of squares.
+inline void round_panel(const float* from, int64_t n, RoundedPanel& to, double* missed, double* seen) {
     const __m512i low = _mm512_set1_epi32(0xff), flip = _mm512_set1_epi32(static_cast<int>(0x80808080u));
     for (int u = 0; u < kPanel; u += 16) {
-        __m512 most = _mm512_setzero_ps();
-        for (int64_t k = 0; k < n; ++k)
-            most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(from + k * kPanel + u)));
+        __m512 most = _mm512_setzero_ps(), square = most;
+        for (int64_t k = 0; k < n; ++k) {
+            const __m512 x = _mm512_loadu_ps(from + k * kPanel + u);
+            most = _mm512_max_ps(most, _mm512_abs_ps(x));
+            square = _mm512_fmadd_ps(x, x, square);
+        }
+        add_to<double, float>(seen + u, (VectorOf<float>::type)square);
         const __m512 step = _mm512_mul_ps(most, _mm512_set1_ps(1.0F / 127));
         const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
         const __m512 by = _mm512_maskz_div_ps(some, _mm512_set1_ps(127), most);
@@ -110,31 +134,110 @@ __attribute__((noinline)) void bound_tile(int64_t quads, const RoundedPanel& p, 
     }
 }
 
-// What block_product leaves out of a block on or above the diagonal because its rows and columns are of one group: the
-// same entries, of rounded panels. Entries below the diagonal are not wanted by anybody.
+// The entries of a block inside models, of rounded panels.
 inline void bound_block(int64_t quads, const RoundedPanel& p, const RoundedPanel& q, const GramTarget<float>& target,
                         int64_t row0, int64_t column0) {
-    constexpr int kLanes = 16;
-    const int rows = static_cast<int>(min64(kPanel, target.rows - row0));
-    for (int row = 0; row < rows; row += 8) {
-        const int64_t from = max64(0, (row0 + row - column0) / kLanes),
-                      to = min64(kPanel / kLanes, (target.first_column(row0 + row) - column0) / kLanes);
-        if (from >= to) continue;
-        const int column = static_cast<int>(from) * kLanes, left = rows - row < 8 ? rows - row : 8;
+    inside_vectors(target, row0, column0, [&](int row, int from, int to) {
+        const int column = from * Tile<float>::kLanes, left = static_cast<int>(min64(8, target.rows - row0 - row));
         float* at = target.data + (row0 + row) * target.ld + column0 + column;
         if (to - from == 1) bound_tile<1>(quads, p, q, row, column, left, at, target.ld);
         if (to - from == 2) bound_tile<2>(quads, p, q, row, column, left, at, target.ld);
         if (to - from == 3) bound_tile<3>(quads, p, q, row, column, left, at, target.ld);
-    }
+    });
 }
 
 #else
 
-inline void round_panel(const float*, int64_t, RoundedPanel&, double*) {}
+inline void round_panel(const float*, int64_t, RoundedPanel&, double*, double*) {}
 inline void bound_block(int64_t, const RoundedPanel&, const RoundedPanel&, const GramTarget<float>&, int64_t, int64_t) {
 }
 
 #endif
+
+// The entries of a block inside models, of panels as they are.
+template <typename W>
+void inside_block(int64_t depth, const W* p, const W* q, const GramTarget<W>& target, int64_t row0, int64_t column0) {
+    constexpr int kLanes = Tile<W>::kLanes, kVectors = Tile<W>::kVectors;
+    inside_vectors(target, row0, column0, [&](int row, int from, int to) {
+        const int left = static_cast<int>(target.rows - row0) - row;
+        for (int v = from; v < to; v += kVectors) {
+            const int column = v * kLanes, wide = (to - v < kVectors ? to - v : kVectors) * kLanes;
+            edge_tile<W, W>(depth, p + row, q + column, target.data + (row0 + row) * target.ld + column0 + column,
+                            target.ld, left, 0, wide, false);
+        }
+    });
+}
+
+// The bounds of one similarity: products of the first columns as they are packed, then what raises these to bounds.
+template <typename W>
+class InsideBounds {
+  public:
+    bool allocate(int64_t panels) {
+        const int64_t units = panels * kPanel;
+        panels_ = panels;
+        if (kRounds<W> && !rounded_.allocate(panels)) return false;
+        if (!missed_.allocate(units) || !seen_.allocate(units) || !error_.allocate(units) || !reach_.allocate(units) ||
+            !rest_.allocate(units))
+            return false;
+        for (int64_t u = 0; u < units; ++u) missed_[u] = seen_[u] = 0;
+        return true;
+    }
+
+    // Adds products of the next columns to a target with groups, as long as any are `wanted`.
+    bool multiply(int threads, int64_t depth, int64_t wanted, const W* const* values, const GramTarget<W>& target,
+                  const Poll* poll) {
+        const int64_t columns = min64(depth, wanted - done_);
+        if (columns <= 0) return true;
+        done_ += columns;
+        if constexpr (kRounds<W>) {
+            parallel_each(threads, panels_, [&](int64_t p, int) {
+                round_panel(values[p], columns, rounded_[p], missed_.get() + p * kPanel, seen_.get() + p * kPanel);
+            });
+            return gram_blocks(threads, columns, target, poll, [&](int64_t i, int64_t j) {
+                bound_block(ceil_div(columns, kQuad), rounded_[i], rounded_[j], target, i * kPanel, j * kPanel);
+            });
+        } else {
+            parallel_each(threads, panels_, [&](int64_t p, int) {
+                double none[kPanel] = {};
+                measure(values[p], columns, none, seen_.get() + p * kPanel);
+            });
+            return gram_blocks(threads, columns, target, poll, [&](int64_t i, int64_t j) {
+                inside_block(columns, values[i], values[j], target, i * kPanel, j * kPanel);
+            });
+        }
+    }
+
+    // All products were made, and none was rounded.
+    bool exact(int64_t columns) const { return !kRounds<W> && done_ == columns; }
+
+    // A row whose entries have `squares` as their sum of squares, `inverse` one over its norm when centred.
+    void settle(int64_t unit, double squares, double inverse, int64_t columns) {
+        error_[unit] = static_cast<W>(inverse * sqrt(missed_[unit]));
+        reach_[unit] = static_cast<W>(inverse * sqrt(squares));
+        // Beside what sums of kGramDepth squares in float32 may be off.
+        const double rest = done_ < columns ? fmax(squares - seen_[unit], 0) + 4e-5 * squares : 0;
+        rest_[unit] = static_cast<W>(inverse * sqrt(rest));
+        // Of what is multiplied in W, and of the bound itself.
+        slack_ = static_cast<W>(
+            1e-4 + 1.2e-7 * (static_cast<double>(kStep) + static_cast<double>(columns) / static_cast<double>(kStep)));
+    }
+
+    // Raises row[0 .. n), entries of `unit` with the units from `first` on: for rows x and y and what they missed,
+    // |x y - (x + d) (y + e)| <= |d| |y| + |x| |e| + |d| |e|.
+    void raise(int64_t unit, int64_t first, int64_t n, W* __restrict row) const {
+        const W error = error_[unit], reach = reach_[unit] + error, rest = rest_[unit];
+        const W *errors = error_.get() + first, *reaches = reach_.get() + first, *rests = rest_.get() + first;
+        for (int64_t j = 0; j < n; ++j) row[j] += error * reaches[j] + reach * errors[j] + rest * rests[j] + slack_;
+    }
+
+  private:
+    int64_t panels_ = 0, done_ = 0;
+    Buffer<RoundedPanel> rounded_;
+    Buffer<double> missed_, seen_;  // [units] squares of what rounding took away, at most; of what is multiplied
+    // [units] in units of the row's centred norm: what rounding took away at most, what is multiplied, what is not.
+    Buffer<W> error_, reach_, rest_;
+    W slack_ = 0;
+};
 
 }  // namespace
 }  // namespace MUDSC_ISA

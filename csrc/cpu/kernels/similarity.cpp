@@ -9,6 +9,15 @@ namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
+constexpr int64_t kUndecided = -1;
+// Rows of which the best pairs are looked at.
+constexpr int64_t kRowsLookedAt = 32;
+// Of the room that these leave, the share that is used, and what is kept for the errors of rounding.
+constexpr double kRoom = 0.85, kRounding = 0.04;
+// Above this share of the columns, bounds take all of them; below, a multiple of some.
+constexpr double kWorthLess = 0.95;
+constexpr int64_t kSome = 16;
+
 template <typename W>
 class Similarity {
   public:
@@ -18,19 +27,21 @@ class Similarity {
         panels_each_ = ceil_div(a_.n, kPanel);
         full_ld_ = a_.row_stride > 0 ? a_.row_stride : a_.n * a_.models;
         panels_ = a_.cross ? panels_each_ * a_.models : layout_.panels;
-        bound_ = kHasBounds && sizeof(W) == sizeof(float) && a_.bound != nullptr && *a_.bound && !a_.cross;
+        bound_ = a_.bound != nullptr && *a_.bound && !a_.cross;
     }
 
     Status run() {
         const bool weights = a_.term_count > 0 && (a_.balance > 0 || a_.activation == nullptr);
         bound_ &= weights;
+        source_ = a_.balance < 1 || !weights ? a_.activation : nullptr;
+        share_ = weights ? (source_ != nullptr ? a_.balance : 1.0) : 0.0;
         if (weights) {
             Status status = correlate_once();
             if (status == Status::not_converged) status = correlate_rows();
             if (status != Status::ok) return status;
         }
         if (a_.bound != nullptr) *a_.bound = bound_;
-        return blend(weights);
+        return blend();
     }
 
   private:
@@ -54,7 +65,7 @@ class Similarity {
     void fill_panel(int64_t p, int64_t term, int64_t c0, int64_t n, W* to) const {
         segments(p, [&](int64_t model, int64_t unit, int lane, int units) {
             const SimilarityTerm& t = a_.terms[term * a_.models + model];
-            const Columns columns{t.off, t.ptr, t.scale};
+            const Columns columns{t.columns, t.off, t.ptr, t.scale};
             fill<W>(t.dtype, t.data, t.unit_off + unit, columns, units, c0, n, to + lane);
         });
     }
@@ -125,8 +136,10 @@ class Similarity {
     Status correlate_once() {
         const int64_t units = panels_ * kPanel;
         Buffer<W> shift(units), scale(units);
-        Buffer<double> sums(units), squares(units);
-        if (!shift || !scale || !sums || !squares || !mean_.allocate(units) || !inverse_.allocate(units))
+        Buffer<double> sums(units);
+        const Buffer<double>& squares = squares_;
+        if (!shift || !scale || !sums || !squares_.allocate(units) || !mean_.allocate(units) ||
+            !inverse_.allocate(units))
             return Status::no_memory;
         int64_t total = 0, widest = 0;
         for (int64_t t = 0; t < a_.term_count; ++t) {
@@ -135,12 +148,8 @@ class Similarity {
             total += columns;
         }
         if (total == 0) return Status::not_converged;
-        if (bound_) {
-            if (!rounded_.allocate(panels_) || !missed_.allocate(units) || !error_.allocate(units) ||
-                !reach_.allocate(units))
-                return Status::no_memory;
-            for (int64_t u = 0; u < units; ++u) missed_[u] = 0;
-        }
+        if (bound_ && !inside_.allocate(panels_)) return Status::no_memory;
+        bound_columns_ = kUndecided;
         parallel_each(a_.threads, panels_, [&](int64_t p, int) {
             guess(p, widest, total, shift.get() + p * kPanel, scale.get() + p * kPanel);
             for (int64_t u = p * kPanel; u < (p + 1) * kPanel; ++u) sums[u] = squares[u] = 0;
@@ -161,13 +170,9 @@ class Similarity {
             const bool dead = is_dead(variance, fmax(variance + mean * mean, offset * offset));
             mean_[u] = static_cast<W>(offset * sqrt(n));
             inverse_[u] = dead ? W(0) : static_cast<W>(1 / sqrt(variance * n));
-            if (!bound_) continue;
-            const double by = static_cast<double>(inverse_[u]);
-            error_[u] = static_cast<W>(by * sqrt(missed_[u]));
-            reach_[u] = static_cast<W>(by * sqrt(squares[u]));
+            if (bound_) inside_.settle(u, squares[u], static_cast<double>(inverse_[u]), total);
         }
-        // Of what is multiplied in W, and of the bound itself.
-        slack_ = static_cast<W>(1e-4 + 1.2e-7 * (static_cast<double>(kStep) + n / static_cast<double>(kStep)));
+        bound_ &= !inside_.exact(total);
         corrected_ = true;
         return good ? Status::ok : Status::not_converged;
     }
@@ -220,7 +225,7 @@ class Similarity {
                     column = 0;
                 }
             }
-            if (!multiply(n, values.get())) return Status::interrupted;
+            if (!multiply(n, total, values.get())) return Status::interrupted;
         }
         return Status::ok;
     }
@@ -243,13 +248,15 @@ class Similarity {
         }
     }
 
-    bool multiply(int64_t depth, const W* const* values) const {
+    bool multiply(int64_t depth, int64_t total, const W* const* values) {
         const GramOperand<W> rows{values, nullptr};
         if (!a_.cross) {
             const int64_t units = a_.n * a_.models;
             const GramTarget<W> target{out_, full_ld_, units, units, true, bound_ ? a_.n : 0};
             if (!gram_product(a_.threads, depth, rows, rows, target, &a_.poll)) return false;
-            return !bound_ || multiply_rounded(depth, values, target);
+            if (!bound_) return true;
+            if (bound_columns_ == kUndecided) bound_columns_ = columns_to_bound(total);
+            return inside_.multiply(a_.threads, depth, bound_columns_, values, target, &a_.poll);
         }
         for (int64_t m = 1; m < a_.models; ++m) {
             const GramOperand<W> columns{values + m * panels_each_, nullptr};
@@ -259,31 +266,62 @@ class Similarity {
         return true;
     }
 
-    // What the product of units of different models left out.
-    bool multiply_rounded(int64_t depth, const W* const* values, const GramTarget<W>& target) const {
-        if constexpr (sizeof(W) == sizeof(float)) {
-            parallel_each(a_.threads, panels_, [&](int64_t p, int) {
-                round_panel(values[p], depth, rounded_[p], missed_.get() + p * kPanel);
-            });
-            return gram_blocks(a_.threads, depth, target, &a_.poll, [&](int64_t i, int64_t j) {
-                bound_block(ceil_div(depth, kQuad), rounded_[i], rounded_[j], target, i * kPanel, j * kPanel);
-            });
+    // Of how many columns products inside models are made: as few as tell two units of one model from the rows' best
+    // pairs, as far as some rows show after the first columns. Bounds that turn out too high cost another similarity,
+    // so all are taken where rows have a second best pair that is nearly as good: pairs that get in each other's way
+    // leave units for last that match nothing.
+    int64_t columns_to_bound(int64_t total) {
+        const int64_t n = a_.n, units = n * a_.models, some = units - n;
+        if (n < kPanel || share_ == 0 || see_activations() != Status::ok) return total;
+        W lowest = 1, rival = -1;  // of the rows' best pairs with another model; the highest second best
+        W inside = -1;             // the highest that activations say of two units of one model
+        for (int64_t i = 0; i < some; i += max64(1, some / kRowsLookedAt)) {
+            W seen[kPanel] = {}, best = -1, second = -1;
+            for (int64_t j = i + 1; j < units;) {
+                const bool own = j / n == i / n;
+                const int64_t end = (j / n + 1) * n, count = min64(kPanel, end - j);
+                if (source_ != nullptr) correlation_run(*source_, layout_, moments_, i, j, count, seen);
+                for (int64_t k = 0; k < count; ++k) {
+                    const W activations = static_cast<W>(1 - share_) * seen[k];
+                    if (own) {
+                        inside = activations > inside ? activations : inside;
+                        continue;
+                    }
+                    const double norms = squares_[i] * squares_[j + k];
+                    const W weights = norms > 0 ? out_[i * full_ld_ + j + k] / static_cast<W>(sqrt(norms)) : W(0);
+                    const W both = static_cast<W>(share_) * weights + activations, less = both < best ? both : best;
+                    best = both > best ? both : best;
+                    second = less > second ? less : second;
+                }
+                j += count;
+                if (own || j < end) continue;
+                lowest = best < lowest ? best : lowest;
+                rival = second > rival ? second : rival;
+                best = second = -1;
+            }
         }
-        return true;
+        lowest *= static_cast<W>(a_.bound_margin);
+        if (2 * rival > lowest + inside) return total;
+        // What is left of two rows may be correlated by as much as this.
+        const double room = static_cast<double>(lowest - inside) / share_ * kRoom - kRounding;
+        const double part = 1 - room;
+        if (!(part < kWorthLess)) return total;
+        return part > 0 ? ceil_div(static_cast<int64_t>(part * static_cast<double>(total)) + 1, kSome) * kSome : 0;
+    }
+
+    // Reads the activations' sums, where they have a share.
+    Status see_activations() {
+        if (source_ == nullptr) return Status::ok;
+        if (!moments_.mean && !moments_.compute(*source_, Layout(*source_).panels * kPanel, &finite_))
+            return Status::no_memory;
+        return finite_ ? Status::ok : Status::not_finite;
     }
 
     // The epilogue: one pass over the result, mirrored below the diagonal where it is symmetric.
-    Status blend(bool weights) {
-        source_ = a_.balance < 1 || !weights ? a_.activation : nullptr;
-        if (source_ != nullptr) {
-            bool finite = true;
-            if (!moments_.compute(*source_, Layout(*source_).panels * kPanel, &finite)) return Status::no_memory;
-            if (!finite) {
-                *a_.bad_term = -1;
-                return Status::not_finite;
-            }
-        }
-        share_ = weights ? (source_ != nullptr ? a_.balance : 1.0) : 0.0;
+    Status blend() {
+        const Status status = see_activations();
+        if (status == Status::not_finite) *a_.bad_term = -1;
+        if (status != Status::ok) return status;
         const int64_t rows = a_.cross ? a_.n : a_.n * a_.models;
         parallel_each(a_.threads, ceil_div(rows, kPanel), [&](int64_t i, int) {
             const int64_t i0 = i * kPanel, i1 = min64(i0 + kPanel, rows);
@@ -338,7 +376,7 @@ class Similarity {
     }
 
     // row[0 .. n): unit i of the first models with the units from position `column` of the activations and `packed` of
-    // the weights on. bound: these come from rounded panels.
+    // the weights on. bound: these are to become upper bounds.
     void blend_run(const Layout& layout, int64_t i, int64_t packed, int64_t column, int64_t n, W* __restrict row,
                    bool bound = false) const {
         if (share_ > 0 && corrected_) {
@@ -346,11 +384,7 @@ class Similarity {
             const W *offsets = mean_.get() + packed, *others = inverse_.get() + packed;
             for (int64_t j = 0; j < n; ++j) row[j] = (row[j] - offset * offsets[j]) * (by * others[j]);
         }
-        if (bound) {  // |x y - (x + d) (y + e)| <= |d| |y| + |x| |e| + |d| |e| for rows x and y and what they missed
-            const W error = error_[i], reach = reach_[i] + error;
-            const W *errors = error_.get() + packed, *reaches = reach_.get() + packed;
-            for (int64_t j = 0; j < n; ++j) row[j] += error * reaches[j] + reach * errors[j] + slack_;
-        }
+        if (bound) inside_.raise(i, packed, n, row);
         if (share_ > 0) {
             for (int64_t j = 0; j < n; ++j) {
                 const W x = row[j] > W(1) ? W(1) : row[j];
@@ -375,16 +409,14 @@ class Similarity {
     // Of the rows; with corrected_, what a row's shift misses of its mean, times the root of the number of columns.
     Buffer<W> mean_, inverse_;
     bool corrected_ = false;
-    // Entries inside a model come from rounded panels: then, in units of a row's centred norm, what rounding took from
-    // it at most, and the norm of what is multiplied.
-    bool bound_;
-    Buffer<RoundedPanel> rounded_;
-    Buffer<double> missed_;
-    Buffer<W> error_, reach_;
-    W slack_ = 0;
+    Buffer<double> squares_;  // of what is multiplied, so far
+    bool bound_;              // entries inside a model are upper bounds
+    InsideBounds<W> inside_;
+    int64_t bound_columns_ = kUndecided;
     const CovarianceState* source_ = nullptr;  // of activations, where they have a share
     Moments moments_;
-    double share_ = 0;  // of the weights
+    bool finite_ = true;  // these
+    double share_ = 0;    // of the weights
 };
 
 }  // namespace

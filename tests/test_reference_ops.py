@@ -290,9 +290,10 @@ def test_corrected_nan_in_a_similarity_raises(bad: float) -> None:
     s[1, 2] = bad
     with pytest.raises(ValueError, match="similarity"):
         ref.assign(s)
-    if bad != -float("inf"):
-        with pytest.raises(ValueError, match="similarity"):
-            ref.zip_units(s)
+    with pytest.raises(ValueError, match="similarity: expected finite entries off the diagonal"):
+        ref.zip_units(s)
+    s = symmetric(4, 0)
+    assert torch.equal(ref.zip_units(s.clone().fill_diagonal_(bad)).labels, ref.zip_units(s).labels)
 
 
 def brute_blocks(similarities: list[Tensor], blocks: int, kinds: list[str]) -> float:
@@ -378,11 +379,6 @@ def test_corrected_budget_zero_merges_nothing_inside_a_model() -> None:
 def test_corrected_no_feasible_pair_raises() -> None:
     with pytest.raises(ValueError, match=r"width 4 with budget 0\.0"):
         ref.zip_units(symmetric(12, 0), 2, 4, budget=0.0)
-    barred = symmetric(12, 0)
-    barred[2], barred[:, 2] = -float("inf"), -float("inf")
-    assert (ref.zip_units(barred, 2, 8).labels == ref.zip_units(barred, 2, 8).labels[0, 2]).sum() == 1
-    with pytest.raises(ValueError, match="no feasible pair"):
-        ref.zip_units(barred, 2, 1, budget=100.0)
 
 
 @pytest.mark.parametrize("attenuation", [0.0, -0.5])

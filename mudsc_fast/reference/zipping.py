@@ -102,8 +102,9 @@ def _check(similarity: Tensor, models: int, blocks: int, width: int | None) -> t
     if width % blocks:
         raise ValueError(f"width: expected a multiple of {blocks} blocks, got {width}")
     array: Floats = similarity.detach().to("cpu", torch.float64, copy=True).numpy()
-    if np.isnan(array).any() or np.isposinf(array).any():
-        raise ValueError("similarity: expected no NaN and no +inf")
+    np.fill_diagonal(array, -np.inf)
+    if np.isnan(array).any() or np.isinf(array).sum() > total:
+        raise ValueError("similarity: expected finite entries off the diagonal, got NaN or inf")
     return array, units, width
 
 
@@ -134,8 +135,7 @@ def zip_units(
     """Merge the most similar units, one pair at a time, until `width` are left.
 
     Args:
-        similarity: (models*d, models*d), floating, symmetric, rows model-major; -inf bars a pair; the diagonal is not
-            read.
+        similarity: (models*d, models*d), floating, symmetric, finite, rows model-major; the diagonal is not read.
         models: number of models N.
         width: merged units; None is d.
         attenuation: factor of a merged unit's similarities; at 0 or below a merged unit is not merged again.
@@ -148,7 +148,8 @@ def zip_units(
         Zip, on similarity's device. Merged units are numbered by model 0's block, then by lowest surviving unit.
 
     Raises:
-        ValueError: bad shapes, NaN, a width that the blocks cannot share evenly, or no feasible pair left.
+        ValueError: bad shapes, NaN or inf off the diagonal, a width that the blocks cannot share evenly, or no
+            feasible pair left.
         TypeError: not floating.
 
     Source: docs/method.md rules 5 and 7.
@@ -158,7 +159,6 @@ def zip_units(
         raise ValueError(f"budget: expected a number >= 0, got {budget}")
     if not np.isfinite(attenuation):
         raise ValueError(f"attenuation: expected a finite number, got {attenuation}")
-    np.fill_diagonal(array, -np.inf)
     pairing = _pairing(similarity.detach().to("cpu", torch.float64).numpy(), models, blocks, block_indices)
     to_remove = models * d - width
     model_budget = [int((to_remove // models) * budget + WHOLE)] * models

@@ -31,6 +31,8 @@ class MergePlan:
     leaders: {space: (merged width,) int64}, the unit m * width + i that a merged unit is produced by, where that is not
         the mean of its members; "select" makes such plans.
 
+    A plan keeps copies of the labels and leaders that it is given.
+
     Raises ValueError or TypeError, naming the space, for labels that are none of that.
     """
 
@@ -57,7 +59,7 @@ class MergePlan:
         self.method = method
         sizes = _sound(spec, labels, method)
         self.labels = {
-            space.name: labels[space.name] if size else _checked(space, labels, method)
+            space.name: labels[space.name].clone() if size else _checked(space, labels, method)
             for space, size in zip(spec.spaces, sizes, strict=True)
         }
         self.values = {name: float(value) for name, value in (values or {}).items()}
@@ -206,9 +208,9 @@ def _sound(spec: PermutationSpec, labels: Mapping[str, Tensor], method: str) -> 
     return _core.sound_labels(rows, [(space.width, space.blocks) for space in spec.spaces], method == "align")
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it: in a file entries may begin at any byte, which compiled code must not be given."""
-    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+def _own(tensor: Tensor) -> Tensor:
+    """A plain copy, for compiled code aligned too: the tensor's own entries may begin at any byte, as in a file."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _blocks(labels: Tensor, blocks: int) -> Tensor:
@@ -222,7 +224,7 @@ def _checked_leaders(space: Space, labels: Tensor, leaders: Tensor) -> Tensor:
     width = int(labels.max()) + 1
     if not isinstance(leaders, Tensor) or leaders.dtype != torch.int64 or leaders.shape != (width,):
         raise ValueError(f"{what}: expected int64 of shape ({width},), one a merged unit")
-    leaders = _aligned(leaders.detach().cpu().contiguous())
+    leaders = _own(leaders)
     if int(leaders.min()) < 0 or int(leaders.max()) >= labels.numel():
         raise ValueError(f"{what}: expected units 0..{labels.numel() - 1}")
     if not torch.equal(labels.reshape(-1)[leaders], torch.arange(width)):
@@ -241,7 +243,7 @@ def _checked(space: Space, labels: Mapping[str, Tensor], method: str) -> Tensor:
         raise ValueError(
             f"{what}: expected int64 of shape (models >= 2, {space.width}), got {rows.dtype} {tuple(rows.shape)}"
         )
-    rows = _aligned(rows.detach().cpu().contiguous())
+    rows = _own(rows)
     if rows.numel() == 0 or int(rows.min()) < 0:
         raise ValueError(f"{what}: expected merged units counted from 0")
     size = int(rows.max()) + 1

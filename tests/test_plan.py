@@ -316,6 +316,25 @@ def test_labels_that_begin_at_any_byte_are_copied() -> None:
     assert torch.equal(kept, labels)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_callers_write_to_their_labels_later_changes_no_plan(plain: bool) -> None:
+    spec = mf.spec_for(MLP(5, (4,), 3))
+    name = spec.spaces[0].name
+    labels, leaders = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]]), torch.tensor([0, 6, 2, 4])
+    given = labels if plain else labels.t().contiguous().t()  # plain labels are looked at by compiled code alone
+    plan = mf.MergePlan(spec, {name: given}, "zip", leaders={name: leaders})
+    again = mf.MergePlan(spec, plan.labels, "zip", leaders=plan.leaders)
+    kept, led = plan.labels[name].clone(), plan.leaders[name].clone()
+    given.zero_()
+    leaders.zero_()
+    assert torch.equal(plan.labels[name], kept)
+    assert torch.equal(plan.leaders[name], led)
+    plan.labels[name].zero_()
+    plan.leaders[name].zero_()
+    assert torch.equal(again.labels[name], kept)
+    assert torch.equal(again.leaders[name], led)
+
+
 @pytest.mark.parametrize("name", [*DAMAGE, *CHANGES])
 def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.safetensors"

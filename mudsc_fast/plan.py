@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -171,12 +171,16 @@ class MergePlan:
         labels = {name: rows[model] for name, rows in self.labels.items()}
         return align_pieces(self.spec, labels, state_dict, limit, only)
 
-    def save(self, path: PathLike) -> None:
-        """Write the plan and its spec to one safetensors file, atomically."""
+    def save(self, path: PathLike, about: Mapping[str, Any] | None = None) -> None:
+        """Write the plan and its spec to one safetensors file, atomically.
+
+        about: what else to say in the file's header, for JSON; `load` does not look at it.
+        """
         names = list(self.labels)
         tensors = {str(k): self.labels[name] for k, name in enumerate(names)}
         tensors |= {f"leaders.{k}": self.leaders[name] for k, name in enumerate(names) if name in self.leaders}
         meta = {
+            **(about or {}),
             "method": self.method,
             "spaces": names,
             "values": self.values,

@@ -173,7 +173,7 @@ def test_statistics_know_their_checkpoints(
     torch.manual_seed(5)
     save_file(networks.MLP(inputs=12, widths=(20, 16), num_outputs=5).state_dict(), "c.safetensors")
     assert main([*merge, "a.safetensors", "c.safetensors", "--force"]) == 0
-    assert "note: --stats s.safetensors was recorded on other checkpoints" in capsys.readouterr().err
+    assert "note: --stats s.safetensors was made from other checkpoints" in capsys.readouterr().err
     # Those that Python saved do not say where they come from.
     mf.ActivationStats.load("s.safetensors").save("plain.safetensors")
     assert main(["merge", "b.safetensors", "a.safetensors", "--stats", "plain.safetensors", "-o", "p.safetensors"]) == 0

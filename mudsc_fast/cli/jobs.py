@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mudsc_fast.cli import huggingface, options, work
 from mudsc_fast.cli.card import model_card
-from mudsc_fast.cli.origins import check_origins
+from mudsc_fast.cli.origins import ORIGINS, check_origins, digests
 from mudsc_fast.cli.progress import track
 from mudsc_fast.cli.specs import find_spec
 from mudsc_fast.cli.verifying import check_law
@@ -85,8 +85,9 @@ def prepare(request: Request, device: torch.device, world: World | None) -> Job:
 
     limit = work.limit_of(request.max_memory)
     opened = options.open_all(request.checkpoints, request.allow_torch_load, device)
-    if request.stats is not None:
-        check_origins(request.stats, opened)
+    for flag, file in (("--stats", request.stats), ("--plan", request.plan_from)):
+        if file is not None:
+            check_origins(flag, file, opened)
     states: States = opened
     given = None
     if request.method == "average":
@@ -182,7 +183,7 @@ def find_plan(job: Job) -> tuple[MergePlan, dict[str, str]]:
     if request.width_budget is not None:
         about["width_budget"] = f"{request.width_budget:g}"
     if request.save_plan is not None:
-        save = partial(plan.save, request.save_plan)
+        save = partial(plan.save, request.save_plan, {ORIGINS: digests(job.opened)})
         save() if job.world is None else job.world.first(save)
     return plan, about
 

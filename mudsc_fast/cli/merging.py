@@ -113,7 +113,7 @@ def _merge(request: Request, device: torch.device, note: Note, world: World | No
             about["refit"] = ", ".join(f"{key} {value}" for key, value in request.refit.described().items())
     if request.weights is not None:
         about["weights"] = ",".join(f"{w:g}" for w in request.weights)
-    note(about, plan)
+    note(about, plan, job.opened)
     write("merged", job, stream, layout, 0, about, plan)
     summarise("merged", request, plan, about, layout, time.perf_counter() - start)
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a file of statistics was recorded on, in which order: in its header, and ``merge`` looks at it."""
+"""Which checkpoints statistics or a plan were made from, in which order: in their header, which ``merge`` looks at."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ def digests(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return found
 
 
-def check_origins(path: Path, checkpoints: Sequence[Checkpoint]) -> None:
-    """ValueError for statistics of these checkpoints in another order; a note for those of other checkpoints.
+def check_origins(flag: str, path: Path, checkpoints: Sequence[Checkpoint]) -> None:
+    """ValueError for a file made from these checkpoints in another order; a note for one made from others.
 
-    What is no file of statistics, or does not say where it comes from, is left to others.
+    flag: the option that names the file. What is no file of statistics and no plan, or does not say where it comes
+    from, is left to others.
     """
     from mudsc_fast.checkpoints.reading import SafetensorsFile
     from mudsc_fast.records import KEY
 
     try:
         recorded = json.loads(SafetensorsFile(path).metadata.get(KEY, "null")).get(ORIGINS)
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, OSError, RecursionError, ValueError):
         return
-    if not isinstance(recorded, list):
+    if not isinstance(recorded, list) or not all(isinstance(digest, str) for digest in recorded):
         return
     here = digests(checkpoints)
     if recorded == here:
         return
     if sorted(recorded) == sorted(here):
         order = " ".join(str(checkpoints[here.index(digest)].path) for digest in recorded)
-        raise ValueError(f"--stats {path}: recorded on these checkpoints in another order; give them as {order}")
+        raise ValueError(f"{flag} {path}: made from these checkpoints in another order; give them as {order}")
     if len(recorded) == len(here):  # another number is refused with its own message
-        options.settings().say(f"note: --stats {path} was recorded on other checkpoints than these")
+        options.settings().say(f"note: {flag} {path} was made from other checkpoints than these")

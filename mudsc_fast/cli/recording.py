@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mudsc_fast.cli.origins import ORIGINS, digests
+
 if TYPE_CHECKING:
+    from mudsc_fast.checkpoints import Checkpoint
     from mudsc_fast.plan import MergePlan
 
-# Called once the match is known, with what the output's header says about it.
-Note = Callable[[Mapping[str, str], "MergePlan | None"], None]
+# Called once the match is known, with what the output's header says about it, and the checkpoints.
+Note = Callable[[Mapping[str, str], "MergePlan | None", "Sequence[Checkpoint]"], None]
 
 
 class Recorded(Protocol):
@@ -43,7 +46,7 @@ def check_run_folder(folder: Path, force: bool) -> None:
 def recorded(request: Recorded) -> Iterator[Note]:
     """Keep the request's record: written as running, then with the match, then as done or failed."""
     if request.record is None:
-        yield lambda about, plan: None
+        yield lambda about, plan, opened: None
         return
     import torch
 
@@ -65,9 +68,9 @@ def recorded(request: Recorded) -> Iterator[Note]:
     )
     start = time.perf_counter()
 
-    def note(about: Mapping[str, str], plan: MergePlan | None) -> None:
+    def note(about: Mapping[str, str], plan: MergePlan | None, opened: Sequence[Checkpoint]) -> None:
         record.options = dict(about)
-        write_run(folder, record, plan)
+        write_run(folder, record, plan, {ORIGINS: digests(opened)})
 
     write_run(folder, record)
     try:

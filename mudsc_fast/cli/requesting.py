@@ -139,7 +139,8 @@ matching = options.together(
         "plan_from",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Use this match instead of finding one.",
+        help="Use this match, which --save-plan wrote for the same checkpoints in the same order, or for earlier ones "
+        "of the same runs, instead of finding one.",
     ),
     click.option(
         "--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Also write the match, for --plan."

@@ -41,10 +41,15 @@ class RunRecord:
         return Path(self.folder, path)
 
 
-def write_run(folder: Path, record: RunRecord, plan: MergePlan | None = None) -> None:
-    """Write the record, and the plan once there is one, into an existing folder; each file whole or not at all."""
+def write_run(
+    folder: Path, record: RunRecord, plan: MergePlan | None = None, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write the record, and the plan once there is one, into an existing folder; each file whole or not at all.
+
+    about: what else the plan's header says.
+    """
     if plan is not None:
-        plan.save(folder / PLAN_FILE)
+        plan.save(folder / PLAN_FILE, about)
     part = folder / f".{RUN_FILE}.part"
     part.write_text(json.dumps({"format": _VERSION, **vars(record)}, indent=1) + "\n", encoding="utf-8")
     os.replace(part, folder / RUN_FILE)

@@ -18,7 +18,7 @@ constexpr double kRawDrift = 1.5;
 constexpr int kPlainExponent = 30;
 
 // Panels that are packed together.
-constexpr int64_t kStrip = 4;
+constexpr int64_t kStrip = 8;
 
 template <typename T>
 class Accumulator {
@@ -283,17 +283,18 @@ class Accumulator {
         const S* data = static_cast<const S*>(source.data) + unit;
         const int64_t* off = offsets_.get() + model * kGramDepth + k;
         int64_t n = min64(kFastRows, take - k);
+        const bool later = k + 2 * kFastRows <= take;
         double *sums = s_.sums + p * kPanel, *squares = s_.squares + p * kPanel;
         if (s_.raw[p] == 0) {
             float* to = reinterpret_cast<float*>(panel(p) + at * kPanel);
             const float *from = reinterpret_cast<const float*>(shift), *by = reinterpret_cast<const float*>(scale);
-            return pack_values(data, off, n, from, by, to, sums, squares) ? n : 0;
+            return pack_values(data, off, n, from, by, to, sums, squares, later) ? n : 0;
         }
 #if defined(__AVX512BF16__)
         n -= n % 2;
         if constexpr (sizeof(S) == sizeof(bf16)) {
             const bf16* pairs = reinterpret_cast<const bf16*>(data);
-            if (n > 0 && at % 2 == 0 && pack_pairs(pairs, off, n, raw_panel(p) + at / 2 * kPanel, sums, squares))
+            if (n > 0 && at % 2 == 0 && pack_pairs(pairs, off, n, raw_panel(p) + at / 2 * kPanel, sums, squares, later))
                 return n;
         }
 #endif

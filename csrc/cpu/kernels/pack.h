@@ -116,11 +116,20 @@ inline bool all_finite(VectorOf<float>::type x) {
     return finite;
 }
 
+// Asks for a vector of units that is read later. They may lie across two lines, and where they do not, asking twice is
+// quicker than once all the same (docs/performance.md).
+template <typename T>
+inline __attribute__((always_inline)) void ask_for(const T* units) {
+    __builtin_prefetch(units, 0, 2);
+    __builtin_prefetch(units + Tile<float>::kLanes, 0, 2);
+}
+
 // to[k][48] = (data[off[k]][48] - shift) * scale for n <= kFastRows samples, and their sums and squares. Returns false,
-// with sums and squares as they were, if a value or a sum is not finite: then the careful way has to be taken.
+// with sums and squares as they were, if a value or a sum is not finite: then the careful way has to be taken. `later`:
+// kFastRows more samples follow.
 template <typename T>
 bool pack_values(const T* data, const int64_t* off, int64_t n, const float* shift, const float* scale, float* to,
-                 double* sums, double* squares) {
+                 double* sums, double* squares, bool later) {
     using V = VectorOf<float>::type;
     constexpr int kLanes = Tile<float>::kLanes;
     V sum[kPanel / kLanes], square[kPanel / kLanes], total = V{};
@@ -130,6 +139,10 @@ bool pack_values(const T* data, const int64_t* off, int64_t n, const float* shif
         for (int64_t k = 0; k < n; ++k) {
             const V x = (load_vector(data + off[k] + u) - from) * by;
             *reinterpret_cast<V*>(to + k * kPanel + u) = x;
+            if (later) {
+                ask_for(data + off[k + kFastRows] + u);
+                __builtin_prefetch(to + (k + kFastRows) * kPanel + u, 1, 2);
+            }
             s += x;
             q += x * x;
         }
@@ -147,8 +160,9 @@ bool pack_values(const T* data, const int64_t* off, int64_t n, const float* shif
 
 #if defined(__AVX512BF16__)
 // to[k / 2][48] = samples k and k + 1 as a pair, for an even number of samples n <= kFastRows. Sums and squares come
-// from dot products of the pairs.
-inline bool pack_pairs(const bf16* data, const int64_t* off, int64_t n, uint32_t* to, double* sums, double* squares) {
+// from dot products of the pairs. `later` as above.
+inline bool pack_pairs(const bf16* data, const int64_t* off, int64_t n, uint32_t* to, double* sums, double* squares,
+                       bool later) {
     using V = VectorOf<float>::type;
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     __m512 sum[3], square[3], total = _mm512_setzero_ps();
@@ -161,6 +175,11 @@ inline bool pack_pairs(const bf16* data, const int64_t* off, int64_t n, uint32_t
                 _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + off[k + 1] + u * 16)));
             const __m512i pair = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
             _mm512_storeu_si512(to + k / 2 * kPanel + u * 16, pair);
+            if (later) {
+                ask_for(data + off[k + kFastRows] + u * 16);
+                ask_for(data + off[k + kFastRows + 1] + u * 16);
+                __builtin_prefetch(to + (k + kFastRows) / 2 * kPanel + u * 16, 1, 2);
+            }
             sum[u] = _mm512_dpbf16_ps(sum[u], (__m512bh)pair, ones);
             square[u] = _mm512_dpbf16_ps(square[u], (__m512bh)pair, (__m512bh)pair);
         }

@@ -106,6 +106,7 @@ gram_panel: int
 gram_depth: int
 
 def covariance_sizes(width: int, models: int, cross: bool) -> tuple[int, int]: ...
+def prefer_huge_pages(memory: int, bytes: int) -> None: ...
 
 class CovarianceBuffers:
     def __init__(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +212,16 @@ def test_float8_is_taken() -> None:
     covariance = mf.Covariance(6)
     covariance.update(batch)
     assert float((covariance.correlation() - want).abs().max()) < 1e-5
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages")
+def test_large_sums_lie_in_huge_pages() -> None:
+    made = mf.Covariance(1024, 2)
+    middle = made._sums.gram.data_ptr() + made._sums.gram.nbytes // 2
+    inside, flags = False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= middle < int(span[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags += line.split()[1:]
+    assert "hg" in flags

@@ -1,12 +1,18 @@
 // covariance.
 #include "bindings/covariance.h"
 
+#include "cpu/common.h"
+
 namespace mudsc::bindings {
 
 void bind_covariance(py::module_& m) {
     m.attr("gram_panel") = kGramPanel;
     m.attr("gram_depth") = kGramDepth;
     m.def("covariance_sizes", &covariance_sizes, py::arg("width"), py::arg("models"), py::arg("cross"));
+    m.def(
+        "prefer_huge_pages",
+        [](uintptr_t memory, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(memory), bytes); },
+        py::arg("memory"), py::arg("bytes"));
     py::class_<CovarianceBuffers>(m, "CovarianceBuffers")
         .def(py::init<int64_t, int64_t, bool, const py::object&, const py::object&, const py::object&,
                       const py::object&, const py::object&>(),

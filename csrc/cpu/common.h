@@ -20,6 +20,17 @@ constexpr int64_t kCacheLine = 64;
 [[maybe_unused]] constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 [[maybe_unused]] constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Asks for huge pages where whole ones lie in memory that is not touched yet.
+[[maybe_unused]] inline void prefer_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = uintptr_t{2} << 20, at = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t first = (at + page - 1) / page * page, last = (at + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 // Scratch memory, aligned to a cache line (large ones to a huge page), uninitialised. get() is null when allocation
 // failed.
 template <typename T>
@@ -38,9 +49,7 @@ class Buffer {
         const size_t alignment = bytes >= (size_t{8} << 20) ? size_t{2} << 20 : static_cast<size_t>(kCacheLine);
         void* memory = nullptr;
         if (posix_memalign(&memory, alignment, bytes) != 0) return false;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-        if (alignment > static_cast<size_t>(kCacheLine)) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
+        if (alignment > static_cast<size_t>(kCacheLine)) prefer_huge_pages(memory, bytes);
         data_ = static_cast<T*>(memory);
         return true;
     }

@@ -24,6 +24,13 @@ def unit_positions(width: int, models: int, cross: bool, panel: int) -> Tensor:
     return positions
 
 
+def _zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros in huge pages where the system gives them: the kernels go through them again and again."""
+    made = torch.empty(*shape, dtype=dtype)
+    _core.prefer_huge_pages(made.data_ptr(), made.nbytes)
+    return made.zero_()
+
+
 class CpuCovariance:
     """Products of units, in blocks of 48 x 48, and their float64 sums.
 
@@ -39,7 +46,7 @@ class CpuCovariance:
         panels, blocks = _core.covariance_sizes(width, models, cross)
         self.positions = unit_positions(width, models, cross, PANEL)
         self.dtype = torch.float32
-        self.gram = torch.zeros(blocks, PANEL, PANEL, dtype=torch.float64)
+        self.gram = _zeros(blocks, PANEL, PANEL, dtype=torch.float64)
         self.vectors = torch.zeros(4, panels * PANEL, dtype=torch.float64)
         self.vectors[1] = 1.0
         self._panels = torch.zeros(0)
@@ -62,7 +69,7 @@ class CpuCovariance:
     def buffers(self) -> _core.CovarianceBuffers:
         """The accumulators as the kernels see them."""
         if self._buffers is None:
-            self._panels = torch.zeros(self.vectors.shape[1], DEPTH, dtype=self.dtype)
+            self._panels = _zeros(self.vectors.shape[1], DEPTH, dtype=self.dtype)
             self._buffers = _core.CovarianceBuffers(
                 self.width,
                 self.models,

@@ -124,7 +124,7 @@ gpu:
 # ---- C++ under AddressSanitizer and UndefinedBehaviorSanitizer ----
 
 SANITIZED := build/sanitize
-OP_TESTS   = $(patsubst %,tests/test_%.py,regroup zip tiled_zip assignment assignment_blocks tiled_assignment covariance covariance_state similarity network plan)
+OP_TESTS   = $(patsubst %,tests/test_%.py,regroup zip tiled_zip assignment assignment_blocks tiled_assignment covariance covariance_state similarity bounds network plan)
 VERSION    = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -n 1)
 
 # libstdc++ is preloaded too: the sanitizer looks for the exception machinery before the extension brings it.

@@ -68,6 +68,38 @@ def test_a_wide_space(isa: str) -> None:
         assert largest_error(terms, scope) < TOLERANCE[torch.float32]
 
 
+# Rows of bf16 whose means are small beside their deviations are multiplied as they are where the CPU can.
+@pytest.mark.parametrize("mean", [0.0, 0.6, 0.9, 30.0])
+@pytest.mark.parametrize("columns", [(1, 1, 1), (64, 63), (511, 2, 512), (1030,)])
+def test_bfloat16(columns: tuple[int, ...], mean: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    order = [torch.randperm(c, generator=generator) for c in columns]
+    for width, models, scope in ((50, 2, "cross"), (97, 3, "full")):
+        plain = [[w.to(torch.bfloat16) for w in matrices(width, c, models, seed=c, mean=mean)] for c in columns]
+        plain[0][0][1], plain[-1][1][2] = 0, 0.25  # constant for a while, or altogether
+        labelled: Terms = [
+            [mf.Term(w, 0, {1: i if m else i.sort().values}) for m, w in enumerate(row)]
+            for row, i in zip(plain, order, strict=True)
+        ]
+        mixed: Terms = [plain[0], *[[w.float() for w in row] for row in plain[1:]]]
+        across: Terms = [[mf.Term(w.T.contiguous(), 1) for w in row] for row in plain]
+        for terms in (plain, labelled, mixed, across):
+            want = mf.reference.weight_similarity(terms, scope)
+            for isa in _core.build_info()["isas_usable"]:
+                _core.use_isa(isa)
+                got = mf.weight_similarity(terms, scope)
+                _core.use_isa(None)
+                assert float((got - want).abs().max()) < 1e-5, isa
+
+
+def test_bfloat16_takes_its_own_products(isa: str) -> None:
+    """Sums of exact products differ in their last bits from sums of the rounded products of scaled rows."""
+    rows = matrices(60, 700)
+    bf16 = [w.to(torch.bfloat16) for w in rows]
+    same = torch.equal(mf.weight_similarity([bf16]), mf.weight_similarity([[w.float() for w in bf16]]))
+    assert same == (isa != "avx512_bf16")
+
+
 def in_place_layouts(dtype: torch.dtype) -> dict[str, list[mf.Term | Tensor]]:
     """Ways in which a space's tensors lie in memory; 30 units each."""
     generator = torch.Generator().manual_seed(2)

@@ -168,6 +168,45 @@ void inside_block(int64_t depth, const W* p, const W* q, const GramTarget<W>& ta
     });
 }
 
+// Of how many columns products are made for bounds: as few as tell two units of one model from the rows' best pairs, as
+// far as some rows show after the first columns. Bounds that turn out too high cost another similarity, so all are
+// taken where rows have a second best pair that is nearly as good: pairs that get in each other's way leave units for
+// last that match nothing.
+template <typename W>
+class Separation {
+  public:
+    // What activations say of two units of one model.
+    void see_inside(W x) { inside_ = x > inside_ ? x : inside_; }
+    // A row's pairs with all units of another model, one by one, and their end.
+    void see_pair(W x) {
+        const W less = x < best_ ? x : best_;
+        best_ = x > best_ ? x : best_;
+        second_ = less > second_ ? less : second_;
+    }
+    void end_of_pairs() {
+        lowest_ = best_ < lowest_ ? best_ : lowest_;
+        rival_ = second_ > rival_ ? second_ : rival_;
+        best_ = second_ = -1;
+    }
+
+    // share: of the weights. margin: what the best pairs shrink by before the last of them joins.
+    int64_t columns(int64_t total, double share, double margin) const {
+        constexpr double kRoom = 0.85, kRounding = 0.04;  // the part of the room that is used; for errors of rounding
+        constexpr double kWorthLess = 0.95;               // of all columns
+        constexpr int64_t kAtOnce = 16;
+        const double lowest = static_cast<double>(lowest_) * margin, inside = static_cast<double>(inside_);
+        if (2 * static_cast<double>(rival_) > lowest + inside) return total;
+        // What is left of two rows may be correlated by as much as the rest.
+        const double part = 1 - ((lowest - inside) / share * kRoom - kRounding);
+        if (!(part < kWorthLess)) return total;
+        return part > 0 ? ceil_div(static_cast<int64_t>(part * static_cast<double>(total)) + 1, kAtOnce) * kAtOnce : 0;
+    }
+
+  private:
+    W best_ = -1, second_ = -1;                // of the row so far
+    W lowest_ = 1, rival_ = -1, inside_ = -1;  // of the best pairs; the highest second best; the highest inside
+};
+
 // The bounds of one similarity: products of the first columns as they are packed, then what raises these to bounds.
 template <typename W>
 class InsideBounds {

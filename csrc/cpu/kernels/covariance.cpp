@@ -301,19 +301,6 @@ class Accumulator {
         return 0;
     }
 
-    // Samples first, first + 1, .. of a panel of pairs: even ones take the low half and clear the high one.
-    static void store_pairs(const T* block, int64_t n, int64_t first, uint32_t* pairs) {
-        for (int64_t k = 0; k < n; ++k) {
-            uint32_t* to = pairs + (first + k) / 2 * kPanel;
-            const T* row = block + k * kPanel;
-            if ((first + k) % 2 == 0) {
-                for (int u = 0; u < kPanel; ++u) to[u] = float_to_bits(static_cast<float>(row[u])) >> 16;
-            } else {
-                for (int u = 0; u < kPanel; ++u) to[u] |= float_to_bits(static_cast<float>(row[u])) & 0xffff0000u;
-            }
-        }
-    }
-
     // Pairs of bf16 to single values. Runs backwards, so that `to` may be the panel itself.
     static void expand(const uint32_t* pairs, int64_t depth, T* to) {
         for (int64_t k = depth - 1; k >= 0; --k) {

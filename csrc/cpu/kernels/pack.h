@@ -74,6 +74,62 @@ void settle_samples(W* block, int64_t n, const W* shift, const W* scale, double*
     }
 }
 
+// Samples first, first + 1, .. of a panel of pairs, of values that bf16 holds: even ones take the low half and clear
+// the high one.
+template <typename W>
+void store_pairs(const W* block, int64_t n, int64_t first, uint32_t* pairs) {
+    for (int64_t k = 0; k < n; ++k) {
+        uint32_t* to = pairs + (first + k) / 2 * kPanel;
+        const W* row = block + k * kPanel;
+        if ((first + k) % 2 == 0 && k + 1 < n) {
+            const W* next = row + kPanel;
+            for (int u = 0; u < kPanel; ++u)
+                to[u] = float_to_bits(static_cast<float>(row[u])) >> 16 |
+                        (float_to_bits(static_cast<float>(next[u])) & 0xffff0000u);
+            ++k;
+        } else if ((first + k) % 2 == 0) {
+            for (int u = 0; u < kPanel; ++u) to[u] = float_to_bits(static_cast<float>(row[u])) >> 16;
+        } else {
+            for (int u = 0; u < kPanel; ++u) to[u] |= float_to_bits(static_cast<float>(row[u])) & 0xffff0000u;
+        }
+    }
+}
+
+// Panels of a few samples: values, pairs of bf16, or both.
+template <typename W>
+class Panels {
+  public:
+    bool allocate(int64_t panels, int64_t depth, bool values, bool pairs) {
+        depth_ = depth;
+        if (!(values_.allocate(panels) && pairs_.allocate(panels))) return false;
+        if (values && !value_.allocate(panels * depth * kPanel)) return false;
+        if (pairs && !pair_.allocate(panels * ceil_div(depth, 2) * kPanel)) return false;
+        for (int64_t p = 0; p < panels; ++p) {
+            values_[p] = values ? value_.get() + p * depth * kPanel : nullptr;
+            pairs_[p] = pairs ? pair_.get() + p * ceil_div(depth, 2) * kPanel : nullptr;
+        }
+        return true;
+    }
+
+    GramOperand<W> operand(int64_t first = 0) const { return {values_.get() + first, pairs_.get() + first}; }
+    const W* const* values() const { return values_.get(); }
+    // Where samples of a panel are put from `at` on, which are then `done`. block: room for them where only pairs are
+    // kept.
+    W* room(int64_t p, int64_t at, W* block) const {
+        return values_[p] != nullptr ? value_.get() + (p * depth_ + at) * kPanel : block;
+    }
+    void done(int64_t p, int64_t at, int64_t n, const W* from) const {
+        if (pairs_[p] != nullptr) store_pairs(from, n, at, pair_.get() + p * ceil_div(depth_, 2) * kPanel);
+    }
+
+  private:
+    int64_t depth_ = 0;
+    Buffer<W> value_;
+    Buffer<uint32_t> pair_;
+    Buffer<const W*> values_;
+    Buffer<const uint32_t*> pairs_;
+};
+
 // ---- Whole panels of units side by side: read, shifted, measured and stored in one go ----
 
 constexpr int64_t kFastRows = 16;

@@ -9,14 +9,13 @@ namespace mudsc {
 namespace MUDSC_ISA {
 namespace {
 
+// Largest |mean| / deviation of the first columns of rows of bf16 that are multiplied as they are: six times what
+// chance makes of 64 columns of mean 0.
+constexpr double kRawDrift = 0.75;
+
 constexpr int64_t kUndecided = -1;
 // Rows of which the best pairs are looked at.
 constexpr int64_t kRowsLookedAt = 32;
-// Of the room that these leave, the share that is used, and what is kept for the errors of rounding.
-constexpr double kRoom = 0.85, kRounding = 0.04;
-// Above this share of the columns, bounds take all of them; below, a multiple of some.
-constexpr double kWorthLess = 0.95;
-constexpr int64_t kSome = 16;
 
 template <typename W>
 class Similarity {
@@ -122,7 +121,7 @@ class Similarity {
 
     // The careful way: rows are measured first, then centred and normalised as they are packed.
     Status correlate_rows() {
-        corrected_ = bound_ = false;
+        corrected_ = bound_ = raw_ = false;
         const Status status = measure_rows();
         if (status != Status::ok) return status;
         return accumulate([&](int64_t p, W* block, int64_t n) {
@@ -141,12 +140,11 @@ class Similarity {
         if (!shift || !scale || !sums || !squares_.allocate(units) || !mean_.allocate(units) ||
             !inverse_.allocate(units))
             return Status::no_memory;
-        int64_t total = 0, widest = 0;
-        for (int64_t t = 0; t < a_.term_count; ++t) {
-            const int64_t columns = a_.terms[t * a_.models].columns;
-            if (columns > a_.terms[widest * a_.models].columns) widest = t;
-            total += columns;
+        int64_t widest = 0;
+        for (int64_t t = 1; t < a_.term_count; ++t) {
+            if (columns_of(t) > columns_of(widest)) widest = t;
         }
+        const int64_t total = all_columns();
         if (total == 0) return Status::not_converged;
         if (bound_ && !inside_.allocate(panels_)) return Status::no_memory;
         bound_columns_ = kUndecided;
@@ -154,6 +152,12 @@ class Similarity {
             guess(p, widest, total, shift.get() + p * kPanel, scale.get() + p * kPanel);
             for (int64_t u = p * kPanel; u < (p + 1) * kPanel; ++u) sums[u] = squares[u] = 0;
         });
+        raw_ = may_be_raw();
+        for (int64_t u = 0; raw_ && u < units; ++u) raw_ = near_zero(shift[u] * scale[u], scale[u], total);
+        for (int64_t u = 0; raw_ && u < units; ++u) {
+            shift[u] = 0;
+            scale[u] = 1;
+        }
         const Status status = accumulate([&](int64_t p, W* block, int64_t n) {
             const int64_t u = p * kPanel;
             settle_samples<false>(block, n, shift.get() + u, scale.get() + u, sums.get() + u, squares.get() + u,
@@ -193,20 +197,35 @@ class Similarity {
         }
     }
 
+    // May the tensors' own values be multiplied, as pairs of bf16? Products of these are exact and take half the time.
+    bool may_be_raw() const {
+        if (!kHasBf16 || sizeof(W) != sizeof(float)) return false;
+        for (int64_t i = 0; i < a_.term_count * a_.models; ++i) {
+            const SimilarityTerm& t = a_.terms[i];
+            if (t.dtype != Dtype::bf16 || t.ptr != nullptr || t.scale != nullptr) return false;
+        }
+        return true;
+    }
+    // A guessed mean, in units of the row's norm, and one over that: neither a shift nor a scale is needed.
+    static bool near_zero(W mean, W scale, int64_t total) {
+        return static_cast<double>(mean * mean) * static_cast<double>(total) < kRawDrift * kRawDrift &&
+               scale > W(0x1p-20) && scale < W(0x1p20);
+    }
+
+    int64_t columns_of(int64_t term) const { return a_.terms[term * a_.models].columns; }
+    int64_t all_columns() const {
+        int64_t total = 0;
+        for (int64_t t = 0; t < a_.term_count; ++t) total += columns_of(t);
+        return total;
+    }
+
     // Accumulates products of the rows in the result, kGramDepth columns at a time, of which `settle` makes what is
     // multiplied.
     template <typename Settle>
     Status accumulate(const Settle& settle) {
-        int64_t total = 0;
-        for (int64_t t = 0; t < a_.term_count; ++t) total += a_.terms[t * a_.models].columns;
-        const int64_t depth = max64(1, min64(kGramDepth, total)), size = depth * kPanel;
-        Buffer<W> packed(panels_ * size);
-        Buffer<const W*> values(panels_);
-        if (!packed || !values) return Status::no_memory;
-        for (int64_t p = 0; p < panels_; ++p) {
-            values[p] = packed.get() + p * size;
-            if (filled(p) < kPanel) memset(packed.get() + p * size, 0, static_cast<size_t>(size) * sizeof(W));
-        }
+        const int64_t total = all_columns(), depth = max64(1, min64(kGramDepth, total));
+        Panels<W> packed;
+        if (!packed.allocate(panels_, depth, !raw_ || bound_, raw_)) return Status::no_memory;
         const int64_t rows = a_.cross ? a_.n * (a_.models - 1) : a_.n * a_.models;
         const int64_t columns = a_.cross ? a_.n : rows, ld = a_.cross ? a_.n : full_ld_;
         parallel_each(a_.threads, rows,
@@ -214,69 +233,68 @@ class Similarity {
         int64_t term = 0, column = 0;
         for (int64_t done = 0; done < total; done += depth) {
             const int64_t n = min64(depth, total - done);
-            parallel_each(a_.threads, panels_,
-                          [&](int64_t p, int) { pack(p, term, column, n, packed.get() + p * size, settle); });
+            parallel_each(a_.threads, panels_, [&](int64_t p, int) { pack(p, term, column, n, packed, settle); });
             for (int64_t left = n; left > 0;) {
-                const int64_t step = min64(left, a_.terms[term * a_.models].columns - column);
+                const int64_t step = min64(left, columns_of(term) - column);
                 left -= step;
                 column += step;
-                if (column == a_.terms[term * a_.models].columns) {
+                if (column == columns_of(term)) {
                     ++term;
                     column = 0;
                 }
             }
-            if (!multiply(n, total, values.get())) return Status::interrupted;
+            if (!multiply(n, total, packed)) return Status::interrupted;
         }
         return Status::ok;
     }
 
     template <typename Settle>
-    void pack(int64_t p, int64_t term, int64_t column, int64_t n, W* to, const Settle& settle) const {
-        for (int64_t left = n; left > 0;) {
-            const int64_t step = min64(min64(left, kPackRows), a_.terms[term * a_.models].columns - column);
+    void pack(int64_t p, int64_t term, int64_t column, int64_t n, const Panels<W>& packed, const Settle& settle) const {
+        W block[kPackRows * kPanel];
+        const bool whole = filled(p) == kPanel;
+        for (int64_t at = 0; at < n;) {
+            const int64_t step = min64(min64(n - at, kPackRows), columns_of(term) - column);
             if (step > 0) {
+                W* to = packed.room(p, at, block);
+                if (!whole) memset(to, 0, static_cast<size_t>(step * kPanel) * sizeof(W));
                 fill_panel(p, term, column, step, to);
                 settle(p, to, step);
+                packed.done(p, at, step, to);
             }
-            left -= step;
+            at += step;
             column += step;
-            to += step * kPanel;
-            if (column == a_.terms[term * a_.models].columns) {
+            if (column == columns_of(term)) {
                 ++term;
                 column = 0;
             }
         }
     }
 
-    bool multiply(int64_t depth, int64_t total, const W* const* values) {
-        const GramOperand<W> rows{values, nullptr};
+    bool multiply(int64_t depth, int64_t total, const Panels<W>& packed) {
+        const GramOperand<W> rows = packed.operand();
         if (!a_.cross) {
             const int64_t units = a_.n * a_.models;
             const GramTarget<W> target{out_, full_ld_, units, units, true, bound_ ? a_.n : 0};
             if (!gram_product(a_.threads, depth, rows, rows, target, &a_.poll)) return false;
             if (!bound_) return true;
             if (bound_columns_ == kUndecided) bound_columns_ = columns_to_bound(total);
-            return inside_.multiply(a_.threads, depth, bound_columns_, values, target, &a_.poll);
+            return inside_.multiply(a_.threads, depth, bound_columns_, packed.values(), target, &a_.poll);
         }
         for (int64_t m = 1; m < a_.models; ++m) {
-            const GramOperand<W> columns{values + m * panels_each_, nullptr};
+            const GramOperand<W> columns = packed.operand(m * panels_each_);
             const GramTarget<W> target{out_ + (m - 1) * a_.n * a_.n, a_.n, a_.n, a_.n, false};
             if (!gram_product(a_.threads, depth, rows, columns, target, &a_.poll)) return false;
         }
         return true;
     }
 
-    // Of how many columns products inside models are made: as few as tell two units of one model from the rows' best
-    // pairs, as far as some rows show after the first columns. Bounds that turn out too high cost another similarity,
-    // so all are taken where rows have a second best pair that is nearly as good: pairs that get in each other's way
-    // leave units for last that match nothing.
+    // Of how many columns products inside models are made, by the first ones and the activations.
     int64_t columns_to_bound(int64_t total) {
         const int64_t n = a_.n, units = n * a_.models, some = units - n;
         if (n < kPanel || share_ == 0 || see_activations() != Status::ok) return total;
-        W lowest = 1, rival = -1;  // of the rows' best pairs with another model; the highest second best
-        W inside = -1;             // the highest that activations say of two units of one model
+        Separation<W> found;
         for (int64_t i = 0; i < some; i += max64(1, some / kRowsLookedAt)) {
-            W seen[kPanel] = {}, best = -1, second = -1;
+            W seen[kPanel] = {};
             for (int64_t j = i + 1; j < units;) {
                 const bool own = j / n == i / n;
                 const int64_t end = (j / n + 1) * n, count = min64(kPanel, end - j);
@@ -284,29 +302,18 @@ class Similarity {
                 for (int64_t k = 0; k < count; ++k) {
                     const W activations = static_cast<W>(1 - share_) * seen[k];
                     if (own) {
-                        inside = activations > inside ? activations : inside;
+                        found.see_inside(activations);
                         continue;
                     }
                     const double norms = squares_[i] * squares_[j + k];
                     const W weights = norms > 0 ? out_[i * full_ld_ + j + k] / static_cast<W>(sqrt(norms)) : W(0);
-                    const W both = static_cast<W>(share_) * weights + activations, less = both < best ? both : best;
-                    best = both > best ? both : best;
-                    second = less > second ? less : second;
+                    found.see_pair(static_cast<W>(share_) * weights + activations);
                 }
                 j += count;
-                if (own || j < end) continue;
-                lowest = best < lowest ? best : lowest;
-                rival = second > rival ? second : rival;
-                best = second = -1;
+                if (!own && j == end) found.end_of_pairs();
             }
         }
-        lowest *= static_cast<W>(a_.bound_margin);
-        if (2 * rival > lowest + inside) return total;
-        // What is left of two rows may be correlated by as much as this.
-        const double room = static_cast<double>(lowest - inside) / share_ * kRoom - kRounding;
-        const double part = 1 - room;
-        if (!(part < kWorthLess)) return total;
-        return part > 0 ? ceil_div(static_cast<int64_t>(part * static_cast<double>(total)) + 1, kSome) * kSome : 0;
+        return found.columns(total, share_, a_.bound_margin);
     }
 
     // Reads the activations' sums, where they have a share.
@@ -408,7 +415,7 @@ class Similarity {
     int64_t panels_each_, panels_, full_ld_;
     // Of the rows; with corrected_, what a row's shift misses of its mean, times the root of the number of columns.
     Buffer<W> mean_, inverse_;
-    bool corrected_ = false;
+    bool corrected_ = false, raw_ = false;
     Buffer<double> squares_;  // of what is multiplied, so far
     bool bound_;              // entries inside a model are upper bounds
     InsideBounds<W> inside_;

@@ -100,7 +100,7 @@ def _row(width: int, columns: int, dtype: torch.dtype, kind: str = "", isa: str 
         memory_at_most=max(width * width * 4 / 2**20, 1.0) + 1,  # no temporary larger than the result
         against=OFFICIAL,
         work=2.0 * width * width * columns,
-        unit="flop",
+        unit="flop bf16" if dtype == torch.bfloat16 else "flop",
         rounds=5,
     )
 

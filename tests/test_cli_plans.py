@@ -32,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["merge", "align"])
-@pytest.mark.parametrize("more", [(), ("--resume",), ("--dry-run",), ("--max-memory", "1GB")], ids=" ".join)
+@pytest.mark.parametrize("more", [(), ("--resume",), ("--dry-run",), ("--max-memory", "16GB")], ids=" ".join)
 def test_another_order_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str], verb: str, more: tuple[str, ...]
 ) -> None:

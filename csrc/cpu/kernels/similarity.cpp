@@ -219,11 +219,19 @@ class Similarity {
         return total;
     }
 
-    // Accumulates products of the rows in the result, kGramDepth columns at a time, of which `settle` makes what is
+    // Columns that are packed before they are multiplied: of a cross product as many as take no more memory than its
+    // result, or a megabyte.
+    int64_t packed_at_once() const {
+        if (!a_.cross) return kGramDepth;
+        const int64_t size = static_cast<int64_t>(sizeof(W)), result = (a_.models - 1) * a_.n * a_.n * size;
+        return min64(kGramDepth, max64(16, max64(result, 1 << 20) / (panels_ * kPanel * size) / 16 * 16));
+    }
+
+    // Accumulates products of the rows in the result, some columns at a time, of which `settle` makes what is
     // multiplied.
     template <typename Settle>
     Status accumulate(const Settle& settle) {
-        const int64_t total = all_columns(), depth = max64(1, min64(kGramDepth, total));
+        const int64_t total = all_columns(), depth = max64(1, min64(packed_at_once(), total));
         Panels<W> packed;
         if (!packed.allocate(panels_, depth, !raw_ || bound_, raw_)) return Status::no_memory;
         const int64_t rows = a_.cross ? a_.n * (a_.models - 1) : a_.n * a_.models;

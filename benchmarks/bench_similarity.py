@@ -97,7 +97,7 @@ def _row(width: int, columns: int, dtype: torch.dtype, kind: str = "", isa: str 
         error,
         2e-5,
         target=4.0 if isa is None else None,  # older instruction sets: a speed, not a judgement
-        memory_at_most=2 * max(width * width * 4 / 2**20, 1.0) + 1,  # the result, and no temporary larger than it
+        memory_at_most=max(width * width * 4 / 2**20, 1.0) + 1,  # no temporary larger than the result
         against=OFFICIAL,
         work=2.0 * width * width * columns,
         unit="flop bf16" if dtype == torch.bfloat16 else "flop",
